@@ -34,9 +34,7 @@ class ModelArguments:
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer: a hub name or a folder, if it is not the base model's own."}
     )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where models and data sets from the hub are kept."}
-    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where models and data sets from the hub are kept."})
     use_fast_tokenizer: bool = field(
         default=True, metadata={"help": "Prefer the tokenizer of the tokenizers library (Rust)."}
     )
@@ -107,9 +105,7 @@ class DataTrainingArguments:
         default=False, metadata={"help": "Pad every row to max_seq_length, not to the longest of its batch."}
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to predict."})
-    mask_replace_prob: float = field(
-        default=0.8, metadata={"help": "Of those, the share replaced by the mask token."}
-    )
+    mask_replace_prob: float = field(default=0.8, metadata={"help": "Of those, the share replaced by the mask token."})
     random_replace_prob: float = field(
         default=0.1, metadata={"help": "Of those, the share replaced by a random token; the rest is left as it is."}
     )

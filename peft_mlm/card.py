@@ -1,0 +1,89 @@
+"""The model card of a shipped adapter or model: what it is, what was measured, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def render_card(facts: Mapping[str, Any]) -> str:
+    """Write the card (README.md) of an adapter, or of a model trained in full.
+
+    Args:
+        facts: `kind` ("adapter" or "model"), `base_model` (a hub name, or the last part of a local path, or None),
+            `base_on_hub` (bool), `method`, `targets`, `trained_modules`, `trainable_parameters`, `total_parameters`,
+            `data` (one line), `rows`, `steps`, `max_seq_length`, `mlm_probability`, `base` and `adapted` (records with
+            perplexity, accuracy, masked_tokens; or None), `versions`.
+
+    Returns:
+        Markdown with the hub's metadata on top; no local path and no token in it.
+    """
+    return "\n".join([*_metadata(facts), "", *_body(facts), *_figures(facts), *_use(facts), *_made_with(facts)]) + "\n"
+
+
+def _metadata(facts: Mapping[str, Any]) -> list[str]:
+    lines = ["---", f"library_name: {'peft' if facts['kind'] == 'adapter' else 'transformers'}"]
+    if facts["base_on_hub"]:
+        lines.append(f"base_model: {facts['base_model']}")
+    tags = ["masked-lm", "peft-mlm", *(["lora"] if facts["kind"] == "adapter" else [])]
+    return [*lines, "pipeline_tag: fill-mask", "tags:", *(f"- {tag}" for tag in tags), "---"]
+
+
+def _body(facts: Mapping[str, Any]) -> list[str]:
+    base = facts["base_model"]
+    what = f"# {facts['kind'].capitalize()} for masked language modelling"
+    about = f"Base model: {base}." if base else "Trained from scratch."
+    share = facts["trainable_parameters"] / max(1, facts["total_parameters"])
+    lines = [
+        what,
+        "",
+        f"{about} Method: {facts['method']}; {facts['trainable_parameters']:,} trained parameters "
+        f"({share:.2%} of {facts['total_parameters']:,}).",
+    ]
+    if facts["trained_modules"]:
+        lines += ["", f"Trained in full and shipped: {', '.join(facts['trained_modules'])}."]
+    lines += [
+        "",
+        f"Data: {facts['data']}; {facts['rows']:,} rows of at most {facts['max_seq_length']} tokens, "
+        f"{facts['mlm_probability']:.0%} masked; {facts['steps']:,} steps.",
+    ]
+    return lines
+
+
+def _figures(facts: Mapping[str, Any]) -> list[str]:
+    base, adapted = facts["base"], facts["adapted"]
+    if adapted is None:
+        return []
+    rows = [("base", base)] if base is not None else []
+    lines = ["", "| held-out text | perplexity | masked accuracy |", "| --- | --- | --- |"]
+    for name, scores in [*rows, ("this " + facts["kind"], adapted)]:
+        lines.append(f"| {name} | {scores['perplexity']:.4g} | {scores['accuracy']:.4f} |")
+    return [*lines, "", f"Over {adapted['masked_tokens']:,} masked tokens, the same ones for each line."]
+
+
+def _use(facts: Mapping[str, Any]) -> list[str]:
+    base = facts["base_model"] or "BASE"
+    if facts["kind"] == "model":
+        code = ["from transformers import pipeline", "", 'fill = pipeline("fill-mask", model="THIS_FOLDER")']
+    else:
+        code = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForMaskedLM",
+            "",
+            f'base = AutoModelForMaskedLM.from_pretrained("{base}")',
+            *(
+                [f"base.resize_token_embeddings({facts['vocabulary']}, mean_resizing=False)"]
+                if facts.get("new_tokens")
+                else []
+            ),
+            'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()',
+        ]
+    lines = ["", "## Use", "", "```python", *code, "```", ""]
+    if facts["kind"] == "adapter":
+        lines += ['Or `peft-mlm fill-mask THIS_FOLDER "..."`, `peft-mlm merge THIS_FOLDER --output_dir merged`.', ""]
+    return lines
+
+
+def _made_with(facts: Mapping[str, Any]) -> list[str]:
+    shown = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    return [f"Made with {shown}."]

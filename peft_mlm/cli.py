@@ -1,0 +1,100 @@
+"""The command line: one table of commands; a user's mistake ends in one message on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from peft_mlm import __version__
+from peft_mlm.console import quiet_libraries, show_notices
+from peft_mlm.errors import PeftMlmError
+
+# command: (module below peft_mlm.commands, what it does)
+COMMANDS = {
+    "train": ("train", "train an adapter (or the whole model) on your text"),
+    "evaluate": ("evaluate", "measure loss, perplexity and masked accuracy of a base, an adapter or a merged model"),
+    "fill-mask": ("fill_mask", "predict the masked tokens of a text"),
+    "merge": ("merge", "merge an adapter into its base and prove that nothing changed"),
+    "demo": ("demo", "train, measure and merge on a real antibody model, without network"),
+}
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments after the program's name; those of the process if None.
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake, 130 when interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if words else USER_ERROR
+    if words[0] in ("-V", "--version"):
+        print(f"peft-mlm {__version__}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        return _fail(f"there is no command {name!r}. Commands: {', '.join(COMMANDS)}.")
+    command = importlib.import_module(f"peft_mlm.commands.{COMMANDS[name][0]}")
+    if "-h" in rest or "--help" in rest:
+        print(command.help_text())
+        return 0
+    as_json = "--json" in rest
+    return _run(command, [word for word in rest if word != "--json"], as_json=as_json)
+
+
+def overview() -> str:
+    """Give the text of `peft-mlm --help`."""
+    lines = [
+        "peft-mlm: adapt masked language models to your domain",
+        "",
+        "usage: peft-mlm COMMAND ...        (peft-mlm COMMAND --help says more)",
+        "",
+        *(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),
+        "",
+        "Every command takes --json: one JSON object on stdout, everything else on stderr.",
+    ]
+    return "\n".join(lines)
+
+
+def _run(command: Any, arguments: list[str], *, as_json: bool) -> int:
+    quiet_libraries()
+    show_notices(sys.stderr)
+    signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's "stop" ends a run like Ctrl-C: tidily
+    try:
+        # Libraries print; only the result belongs on stdout.
+        with contextlib.redirect_stdout(sys.stderr):
+            record = command.run(arguments)
+    except PeftMlmError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("peft-mlm: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    if int(os.environ.get("RANK", "0")) == 0:
+        if as_json:
+            from peft_mlm.run_folder import finite
+
+            print(json.dumps(finite(record), ensure_ascii=False))
+        else:
+            command.show(record)
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"peft-mlm: error: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt

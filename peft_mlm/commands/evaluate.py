@@ -1,0 +1,115 @@
+"""`peft-mlm evaluate`: loss, perplexity and masked accuracy on held-out text, on masks that are always the same."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft_mlm.config import describe_help, read_arguments
+from peft_mlm.console import print_table
+from peft_mlm.errors import ArgumentsError
+from peft_mlm.run_folder import RunFolder
+
+
+def evaluate(
+    name_or_path: str,
+    *,
+    config: str | Path | None = None,
+    flags: Sequence[str] = (),
+    base: str | None = None,
+    use_base: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a base, an adapter or a merged model.
+
+    Args:
+        name_or_path: A run folder, an adapter or a model (a folder or a hub name).
+        config: File with the arguments that say on which text and how; the run's own where there is one.
+        flags: Words of a command line that override it, such as `["--validation_file", "other.txt"]`.
+        base: Base model, if it is not the recorded one.
+        use_base: Evaluate the base, without adapter or training.
+
+    Returns:
+        `model`, `part` ("adapted" or "base"), `loss`, `perplexity`, `accuracy`, `masked_tokens`, `rows` and `data`
+        (facts about the text).
+
+    Raises:
+        ArgumentsError: Arguments are wrong, or name no text.
+        DataError: The text is missing or empty.
+        ModelError: The model cannot be loaded, or has no masked LM head.
+        AdapterError: The adapter does not fit its base.
+    """
+    from peft_mlm import collator
+    from peft_mlm.corpus import build_corpus
+    from peft_mlm.data import load_text
+    from peft_mlm.loading import load_target, resolve_target
+    from peft_mlm.trainer import build_training_arguments, scores_of
+
+    target = resolve_target(name_or_path, base=base, part="base" if use_base else "adapted")
+    if config is None and target.run is not None:
+        config = RunFolder(target.run).arguments
+    if config is None and not flags:
+        raise ArgumentsError(f"On which text? {name_or_path} is no run: give --validation_file or --dataset_name.")
+    arguments = read_arguments(config, flags, for_training=False)
+    data = arguments.data
+    text = load_text(data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=("validation",))
+    loaded = load_target(replace(target, base=replace(target.base, dtype=arguments.model.dtype)))
+    corpus = build_corpus(text, data, loaded.base.model, loaded.tokenizer)
+    rows = corpus.rows["validation"]
+    masking = collator.from_tokenizer(
+        loaded.tokenizer,
+        mlm_probability=data.mlm_probability,
+        mask_replace_prob=data.mask_replace_prob,
+        random_replace_prob=data.random_replace_prob,
+        seed=data.eval_mask_seed,
+        fixed=True,
+    )
+    with tempfile.TemporaryDirectory() as nowhere:
+        training = build_training_arguments({**arguments.training, "resume_from_checkpoint": None}, Path(nowhere))
+        scores = scores_of(loaded.model.to(training.device), rows, masking, training, label="evaluating")
+    return {
+        "model": name_or_path,
+        "part": "base" if use_base else "adapted",
+        **scores.describe(),
+        "rows": len(rows),
+        "data": corpus.facts["validation"],
+    }
+
+
+def run(words: Sequence[str]) -> dict[str, Any]:
+    """Run the command with the words of the command line."""
+    first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    named, flags = words[:first_flag], words[first_flag:]
+    if not 1 <= len(named) <= 2:
+        raise ArgumentsError("Give a model (a run folder, an adapter, a model), and a config file if need be, first.")
+    own, rest = _parser().parse_known_args(flags)
+    config = named[1] if len(named) == 2 else None
+    return evaluate(named[0], config=config, flags=rest, base=own.base, use_base=own.use_base)
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the result for people."""
+    row = [record["part"], record["loss"], record["perplexity"], record["accuracy"], record["masked_tokens"]]
+    header = ["", "loss", "perplexity", "masked accuracy", "masked tokens"]
+    print_table(record["model"], header, [row], stream=sys.stdout)
+
+
+def help_text() -> str:
+    """Give the text of `peft-mlm evaluate --help`."""
+    usage = (
+        "usage: peft-mlm evaluate MODEL [CONFIG] [--use_base] [--base NAME] [--argument value ...] [--json]\n\n"
+        "MODEL is a run folder, an adapter or a model. A run knows its text; else give --validation_file or\n"
+        "--dataset_name. --use_base leaves the adapter out; --base names another base model.\n"
+    )
+    return usage + "\n" + describe_help(("data", "training"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("peft-mlm evaluate", allow_abbrev=False, add_help=False)
+    parser.add_argument("--base")
+    parser.add_argument("--use_base", action="store_true")
+    return parser

@@ -1,0 +1,353 @@
+"""`peft-mlm train`: load, adapt, train, measure, save."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_mlm.config import Arguments, describe_help, read_arguments, write_arguments, write_sources
+from peft_mlm.console import bytes_text, print_table
+from peft_mlm.run_folder import (
+    RunFolder,
+    check_output_dir,
+    cut_metrics,
+    describe_environment,
+    find_checkpoint,
+    folder_bytes,
+    read_json,
+    staged,
+    write_json,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from peft_mlm.adapter import Plan
+    from peft_mlm.corpus import Corpus
+    from peft_mlm.model import Base
+    from peft_mlm.trainer import MaskedLMTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training gives back.
+
+    Attributes:
+        run_folder: Folder with everything the run left.
+        metrics: The run's summary: `base` and `adapted` figures, parameters, bytes, seconds.
+        model: The trained model, in evaluation mode; a PeftModel where an adapter was trained.
+        tokenizer: Its tokenizer.
+    """
+
+    run_folder: Path
+    metrics: dict[str, Any]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run trains with."""
+
+    arguments: Arguments
+    run: RunFolder
+    base: Base
+    model: PreTrainedModel
+    plan: Plan | None
+    corpus: Corpus
+    trainer: MaskedLMTrainer
+    evaluates: bool
+
+
+def train(config: Mapping[str, Any] | str | Path, *, flags: Sequence[str] = ()) -> TrainResult:
+    """Train an adapter on a masked language model, or the whole model.
+
+    Args:
+        config: The arguments as a dict, or a JSON or YAML file.
+        flags: With a file: words of a command line that override it, such as `["--max_steps", "10"]`.
+
+    Returns:
+        Run folder, figures, model and tokenizer.
+
+    Raises:
+        ArgumentsError: Arguments are wrong; all faults are named.
+        DataError: The text is missing, empty or too short.
+        ModelError: The base or its tokenizer cannot serve.
+        AdapterError: The adapter's options do not fit the base.
+        RunFolderError: `output_dir` is not empty, or there is no run to resume.
+    """
+    if isinstance(config, Mapping):
+        return run_training(read_arguments(values=config))
+    return run_training(read_arguments(config, flags))
+
+
+def run_training(arguments: Arguments) -> TrainResult:
+    """Run a training with resolved arguments.
+
+    Args:
+        arguments: All groups.
+
+    Returns:
+        As `train`.
+    """
+    started = time.perf_counter()
+    run = RunFolder(Path(arguments.training["output_dir"]).expanduser())
+    resume = arguments.training.get("resume_from_checkpoint")
+    resume = None if resume in (None, False, "false") else str(resume)
+    check_output_dir(run.path, resume=resume is not None)
+    checkpoint = None if resume is None else find_checkpoint(run, resume)
+    prepared = prepare(arguments, run)
+    summary = _describe_run(prepared)
+    _write_start(prepared, checkpoint)
+    try:
+        summary |= _train_and_measure(prepared, checkpoint)
+        summary |= {"status": "finished", "seconds": round(time.perf_counter() - started, 1)}
+        _save(prepared, summary)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        write_json(run.summary, {**summary, "status": status, "error": f"{type(error).__name__}: {error}"[:500]})
+        if status == "interrupted":
+            logger.info("interrupted; go on with: peft-mlm train %s --resume_from_checkpoint true", run.arguments)
+        raise
+    return TrainResult(run.path, {**summary}, prepared.model.eval(), prepared.base.tokenizer)
+
+
+def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
+    """Load text, tokenizer and model, wrap the model, make rows, build the trainer; write nothing.
+
+    Args:
+        arguments: All groups.
+        run: Where the run will write.
+
+    Returns:
+        Everything that training needs.
+    """
+    from transformers import set_seed
+
+    from peft_mlm.corpus import build_corpus
+    from peft_mlm.data import load_text
+    from peft_mlm.model import load_base
+    from peft_mlm.trainer import build_training_arguments
+
+    for notice in arguments.notices:
+        logger.info(notice)
+    training = build_training_arguments(arguments.training, run.checkpoints)
+    evaluates = arguments.training.get("do_eval") is not False
+    splits = ("train", "validation") if evaluates else ("train",)
+    text = load_text(arguments.data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=splits)
+    set_seed(training.seed)
+    base = load_base(_with_adapter_tokenizer(arguments))
+    corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
+    model, plan = _adapt(base, arguments)
+    for notice in (*base.notices, *corpus.notices, *(plan.notices if plan else ())):
+        logger.info(notice)
+    trainer = _build_trainer(arguments, run, base, model, corpus, training)
+    return Prepared(arguments, run, base, model, plan, corpus, trainer, evaluates)
+
+
+def run(words: Sequence[str]) -> dict[str, Any]:
+    """Run the command with the words of the command line."""
+    has_config = bool(words) and not words[0].startswith("-")
+    arguments = read_arguments(words[0] if has_config else None, words[1:] if has_config else words)
+    result = run_training(arguments)
+    return {"run_folder": str(result.run_folder), **result.metrics}
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the result for people."""
+    if record["adapted"] is not None:
+        rows = [
+            [name, scores["perplexity"], scores["accuracy"], scores["masked_tokens"]]
+            for name, scores in (("base", record["base"]), ("adapted", record["adapted"]))
+        ]
+        print_table("held-out text", ["", "perplexity", "masked accuracy", "masked tokens"], rows, stream=sys.stdout)
+    share = record["trainable_parameters"] / record["total_parameters"]
+    facts = [
+        ["trained parameters", f"{record['trainable_parameters']:,} of {record['total_parameters']:,} ({share:.2%})"],
+        ["saved", f"{record['saved_to']} ({bytes_text(record['saved_bytes'])})"],
+        ["steps, seconds", f"{record['steps']:,}, {record['seconds']:,}"],
+    ]
+    print_table(f"run {record['run_folder']}", ["", ""], facts, stream=sys.stdout)
+
+
+def help_text() -> str:
+    """Give the text of `peft-mlm train --help`."""
+    usage = (
+        "usage: peft-mlm train [CONFIG.yaml|CONFIG.json] [--argument value ...] [--json]\n\n"
+        "Train an adapter (--use_lora) or the whole model. Flags override the file.\n"
+    )
+    return usage + "\n" + describe_help(("model", "data", "peft", "training"))
+
+
+def _with_adapter_tokenizer(arguments: Arguments) -> Any:
+    """Use the tokenizer that an adapter carries, when training goes on from it."""
+    from peft_mlm.loading import find_adapter
+
+    peft = arguments.peft
+    if peft is None or peft.adapter_name_or_path is None or arguments.model.tokenizer_name is not None:
+        return arguments.model
+    folder = find_adapter(peft.adapter_name_or_path)
+    carried = (folder / "tokenizer_config.json").is_file()
+    return replace(arguments.model, tokenizer_name=str(folder)) if carried else arguments.model
+
+
+def _adapt(base: Base, arguments: Arguments) -> tuple[Any, Plan | None]:
+    """Wrap the base: a new adapter, an existing one to go on with, or none."""
+    from peft_mlm.adapter import load_adapter, plan_lora, wrap
+    from peft_mlm.loading import find_adapter
+
+    peft = arguments.peft
+    if peft is None:
+        return base.model, None
+    if peft.adapter_name_or_path is not None:
+        return load_adapter(base.model, find_adapter(peft.adapter_name_or_path), is_trainable=True), None
+    plan = plan_lora(base.model, peft, fresh_parameters=base.fresh_parameters, new_token_ids=base.new_token_ids)
+    return wrap(base.model, plan), plan
+
+
+def _build_trainer(
+    arguments: Arguments, run: RunFolder, base: Base, model: Any, corpus: Corpus, training: Any
+) -> MaskedLMTrainer:
+    from peft_mlm import collator
+    from peft_mlm.model import published_name
+    from peft_mlm.trainer import MaskedLMTrainer, saver
+
+    data = arguments.data
+    options = {
+        "mlm_probability": data.mlm_probability,
+        "mask_replace_prob": data.mask_replace_prob,
+        "random_replace_prob": data.random_replace_prob,
+        "pad_to": corpus.max_seq_length if data.pad_to_max_length else None,
+        "pad_to_multiple_of": 8 if (training.fp16 or training.bf16) and not data.pad_to_max_length else None,
+    }
+    patience = data.early_stopping_patience
+    return MaskedLMTrainer(
+        model=model,
+        args=training,
+        train_dataset=corpus.rows["train"],
+        eval_dataset=corpus.rows.get("validation"),
+        processing_class=base.tokenizer,
+        data_collator=collator.from_tokenizer(base.tokenizer, seed=training.seed, fixed=False, **options),
+        eval_collator=collator.from_tokenizer(base.tokenizer, seed=data.eval_mask_seed, fixed=True, **options),
+        save=saver(
+            base_name=published_name(base.name_or_path),
+            base_revision=base.revision,
+            tokenizer=base.tokenizer,
+            tokenizer_changed=base.tokenizer_changed or bool(base.new_token_ids),
+        ),
+        run=run,
+        early_stopping=None if patience is None else (patience, data.early_stopping_threshold),
+    )
+
+
+def _write_start(prepared: Prepared, checkpoint: Path | None) -> None:
+    """Write what is known before the first step."""
+    run, trainer = prepared.run, prepared.trainer
+    if not trainer.args.should_save:
+        return
+    run.path.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        write_arguments(prepared.arguments, run.arguments)
+        write_sources(prepared.arguments, run.sources)
+    else:
+        cut_metrics(run.metrics, read_json(checkpoint / "trainer_state.json")["global_step"])
+    write_json(run.environment, describe_environment(str(trainer.args.device)))
+    write_json(run.dataset, prepared.corpus.facts)
+    write_json(run.summary, {**_describe_run(prepared), "status": "running"})
+
+
+def _describe_run(prepared: Prepared) -> dict[str, Any]:
+    from peft_mlm.adapter import count_parameters
+
+    trainable, total = count_parameters(prepared.model)
+    return {
+        "status": "running",
+        "method": "full" if prepared.arguments.peft is None else "lora",
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "base": None,
+        "adapted": None,
+    }
+
+
+def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str, Any]:
+    from peft_mlm.trainer import scores_of
+
+    trainer, validation = prepared.trainer, prepared.corpus.rows.get("validation")
+
+    def measure(label: str) -> dict[str, Any] | None:
+        if validation is None:
+            return None
+        return scores_of(trainer.model, validation, trainer.eval_collator, trainer.args, label=label).describe()
+
+    before = measure("base model")
+    if before is not None:
+        logger.info("base model: perplexity %.3f, masked accuracy %.4f", before["perplexity"], before["accuracy"])
+    done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return {
+        "base": before,
+        "adapted": measure("adapted model"),
+        "steps": done.global_step,
+        "epochs": round(float(trainer.state.epoch or 0), 4),
+        "train_seconds": round(done.metrics["train_runtime"], 1),
+        "best_checkpoint_step": trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
+    }
+
+
+def _save(prepared: Prepared, summary: dict[str, Any]) -> None:
+    """Write adapter (or model), card and summary."""
+    from peft_mlm.card import render_card
+
+    run, trainer = prepared.run, prepared.trainer
+    folder = run.model if prepared.arguments.peft is None else run.adapter
+    if trainer.args.should_save:
+        with staged(folder) as temporary:
+            trainer.save_into(trainer.accelerator.unwrap_model(trainer.model), temporary)
+            write_text(temporary / "README.md", render_card(_card_facts(prepared, summary)))
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        summary |= {"saved_to": str(folder), "saved_bytes": folder_bytes(folder)}
+        summary |= {} if prepared.arguments.peft is None else {"adapter_bytes": weights}
+        write_json(run.summary, summary)
+
+
+def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any]:
+    from peft_mlm.model import published_name
+
+    arguments, base, train_facts = prepared.arguments, prepared.base, prepared.corpus.facts["train"]
+    name = published_name(base.name_or_path)
+    method = "all parameters trained"
+    if arguments.peft is not None:
+        config = prepared.model.peft_config["default"]
+        method = f"LoRA, rank {config.r}, alpha {config.lora_alpha:g}"
+    return {
+        **summary,
+        "kind": "model" if arguments.peft is None else "adapter",
+        "base_model": name,
+        "base_on_hub": name is not None and not Path(base.name_or_path or "").expanduser().exists(),
+        "method": method,
+        "trained_modules": prepared.plan.trained_modules if prepared.plan else (),
+        "new_tokens": len(base.new_token_ids),
+        "vocabulary": base.model.get_input_embeddings().weight.shape[0],
+        "data": _data_name(arguments),
+        "rows": train_facts["rows_used"],
+        "max_seq_length": prepared.corpus.max_seq_length,
+        "mlm_probability": arguments.data.mlm_probability,
+        "versions": describe_environment("")["versions"],
+    }
+
+
+def _data_name(arguments: Arguments) -> str:
+    """Name the data without a local path."""
+    data = arguments.data
+    if data.dataset_name is not None:
+        name = data.dataset_name if not Path(data.dataset_name).exists() else Path(data.dataset_name).name
+        return f"{name} {data.dataset_config_name}" if data.dataset_config_name else name
+    return ", ".join(Path(file).name for file in data.train_file or [])

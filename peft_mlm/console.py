@@ -1,0 +1,101 @@
+"""What commands say: notices and progress on stderr, results on stdout, the libraries' chatter nowhere.
+
+Nothing here runs on import, and nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+# Loggers of libraries that speak at the warning level about things that are no news to a user.
+CHATTY = ("transformers", "datasets", "accelerate", "bitsandbytes", "peft", "torch", "huggingface_hub", "httpx")
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' warnings and bars in this process; for commands, not for library use.
+
+    What of it matters, peft_mlm finds out itself and says with a remedy.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def show_notices(stream: TextIO) -> None:
+    """Show what peft_mlm's own logger says, one line each.
+
+    Args:
+        stream: Where to, usually stderr.
+    """
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("peft-mlm: %(message)s"))
+    logger = logging.getLogger("peft_mlm")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], *, stream: TextIO) -> None:
+    """Print a small table; numbers are right-aligned.
+
+    Args:
+        title: Line above it.
+        header: Names of the columns.
+        rows: Cells; floats are shown with four significant digits.
+        stream: Where to.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell(value) for value in row))
+    Console(file=stream, highlight=False, markup=False, emoji=False).print(table)
+
+
+def cell(value: Any) -> str:
+    """Show a value in a table.
+
+    Args:
+        value: Anything; None is a dash.
+
+    Returns:
+        Its text.
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def bytes_text(count: int) -> str:
+    """Say a number of bytes.
+
+    Args:
+        count: Bytes.
+
+    Returns:
+        With a unit of thousands, such as 312 kB.
+    """
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,89 @@
+"""The masked LM head: which modules make it up, which of them share weights with the embeddings, which are fresh.
+
+A *tied* parameter is one that the model uses in more than one place, such as the embedding matrix that is the decoder
+too. A PEFT copy of a module that holds one (`modules_to_save`) would cut the tie, and what is saved afterwards loses
+the decoder's bias; so only modules without tied parameters are trained in full.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_mlm.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class FreshHead:
+    """What to do about head parameters that no checkpoint brought.
+
+    Attributes:
+        modules: Names of the modules to train in full and to ship with the adapter.
+        left_at_zero: Names of parameters that stay as they start, at zero: biases bound to a tied decoder.
+    """
+
+    modules: tuple[str, ...]
+    left_at_zero: tuple[str, ...]
+
+
+def tied_parameters(model: nn.Module) -> set[int]:
+    """Give the ids (`id(parameter)`) of the parameters that stand in more than one place of the model."""
+    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {key for key, count in places.items() if count > 1}
+
+
+def untied_modules(model: nn.Module, name: str) -> list[str]:
+    """Break a module into its parts that hold parameters of their own and no tied one.
+
+    Args:
+        model: The masked LM.
+        name: Full name of one of its modules.
+
+    Returns:
+        Full names of the smallest modules below (or at) `name` whose parameters are all their own.
+    """
+    tied = tied_parameters(model)
+    found = []
+    for below, module in model.get_submodule(name).named_modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(module.children()) and not any(id(parameter) in tied for parameter in own):
+            found.append(f"{name}.{below}" if below else name)
+    return found
+
+
+def plan_fresh_head(model: PreTrainedModel, fresh_parameters: Iterable[str]) -> FreshHead:
+    """Decide how a head that the checkpoint does not hold is trained beside an adapter.
+
+    Args:
+        model: The masked LM, as loaded.
+        fresh_parameters: Names of the parameters that the checkpoint did not bring.
+
+    Returns:
+        The modules to train and ship; and the biases that share a module with a tied matrix: these can't be shipped
+        by PEFT without a copy of the whole matrix, and stay at their zero, which every load gives again.
+
+    Raises:
+        AdapterError: A fresh parameter is neither in a module of its own nor zero.
+    """
+    tied = tied_parameters(model)
+    modules: set[str] = set()
+    left = []
+    for name in sorted(fresh_parameters):
+        owner, _, _ = name.rpartition(".")
+        module = model.get_submodule(owner)
+        leaf = not any(module.children())
+        if leaf and not any(id(parameter) in tied for parameter in module.parameters()):
+            modules.add(owner)
+        elif torch.count_nonzero(model.get_parameter(name)) == 0:
+            left.append(name)
+        else:
+            raise AdapterError(
+                f"The checkpoint does not hold {name}, which starts at random and shares its module with other "
+                "weights, so that an adapter cannot ship it. Train the whole model instead (without --use_lora)."
+            )
+    return FreshHead(tuple(sorted(modules)), tuple(left))

@@ -1,0 +1,407 @@
+"""Base model and tokenizer: loaded from the hub or a folder, or made from scratch.
+
+What transformers does silently is looked at here: weights that the checkpoint does not hold are found and named, the
+vocabulary is made to fit the tokenizer, and the positions that a model really holds are counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from peft_mlm.arguments import ModelArguments
+from peft_mlm.errors import ModelError
+
+# run_mlm's limit for models that hold more: longer rows cost memory that a consumer GPU does not have.
+DEFAULT_MAX_SEQ_LENGTH = 1024
+NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Base:
+    """A masked language model with its tokenizer, and what is new about them.
+
+    Attributes:
+        model: The masked LM, in evaluation mode.
+        tokenizer: The tokenizer whose ids the model takes.
+        name_or_path: Hub name or folder it was loaded from; None when made from scratch.
+        revision: Commit on the hub, where it came from there.
+        fresh_parameters: Head parameters that the checkpoint does not hold, so that they start at random or zero.
+        unused_weights: Weights of the checkpoint that the masked LM has no place for.
+        new_token_ids: Ids that the checkpoint's vocabulary does not hold; their rows are new.
+        tokenizer_changed: Whether the tokenizer is another than the one that lies with the base model.
+        notices: Sentences that the user should read.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name_or_path: str | None
+    revision: str | None = None
+    fresh_parameters: tuple[str, ...] = ()
+    unused_weights: tuple[str, ...] = ()
+    new_token_ids: tuple[int, ...] = ()
+    tokenizer_changed: bool = False
+    notices: tuple[str, ...] = field(default=())
+
+
+def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
+    """Load the tokenizer and the base model, or make the model from scratch, and fit its vocabulary.
+
+    Args:
+        arguments: Names, revision, token, dtype (default float32, whatever the file's own type).
+        may_grow: Whether new rows may be added for a tokenizer that is longer than the vocabulary. False where nothing
+            trains or loads them afterwards: their values would be random.
+
+    Returns:
+        The model, in evaluation mode, with its tokenizer.
+
+    Raises:
+        ModelError: There is no such model or tokenizer, it is no masked LM, its encoder's weights are incomplete, or
+            its tokenizer does not fit.
+    """
+    if arguments.model_name_or_path is None:
+        return _build_from_scratch(arguments)
+    name = arguments.model_name_or_path
+    tokenizer = load_tokenizer(arguments)
+    config = _load_config(name, arguments)
+    model, loading = _load_weights(name, config, arguments)
+    missing = sorted(set(loading["missing_keys"]))
+    encoder_missing, fresh = _split_missing(model, missing)
+    if encoder_missing:
+        raise ModelError(
+            f"{name} lacks {len(encoder_missing)} weights of the encoder of a {config.model_type} model "
+            f"({_list(encoder_missing)}): they would start at random. Give a complete checkpoint, or train from "
+            f"scratch with --config_name {name} --tokenizer_name {name}."
+        )
+    base = Base(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        name_or_path=name,
+        revision=getattr(config, "_commit_hash", None),
+        fresh_parameters=tuple(fresh),
+        unused_weights=tuple(sorted(set(loading["unexpected_keys"]))),
+        tokenizer_changed=arguments.tokenizer_name not in (None, name),
+    )
+    return fit_vocabulary(_check_own_tokenizer(base, arguments), may_grow=may_grow)
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of `tokenizer_name`, or else the base model's own.
+
+    Args:
+        arguments: Names, revision, token.
+
+    Returns:
+        The tokenizer; it has a mask token and a token for padding.
+
+    Raises:
+        ModelError: There is none, or it has no mask or padding token.
+    """
+    name = arguments.tokenizer_name or arguments.model_name_or_path
+    if name is None:
+        raise ModelError("No tokenizer: give --tokenizer_name (a hub name or a folder).")
+    revision = arguments.model_revision if name == arguments.model_name_or_path else None
+    with _loading("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, use_fast=arguments.use_fast_tokenizer, **_hub_options(arguments, revision)
+        )
+    for token in ("mask_token", "pad_token"):
+        if getattr(tokenizer, token) is None:
+            raise ModelError(
+                f"The tokenizer {name} has no {token}: a masked language model needs one. "
+                "Give the tokenizer of a masked language model with --tokenizer_name."
+            )
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give the number of embedding rows that a tokenizer needs.
+
+    `len(tokenizer)` counts the tokens; where their ids have gaps, the highest id asks for more rows.
+
+    Args:
+        tokenizer: Any tokenizer.
+
+    Returns:
+        The highest id plus one.
+    """
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
+def fit_vocabulary(base: Base, *, may_grow: bool) -> Base:
+    """Add embedding rows for a tokenizer that is longer than the model's vocabulary; never remove any.
+
+    Args:
+        base: Model and tokenizer.
+        may_grow: Whether rows may be added.
+
+    Returns:
+        The same model with as many rows as the tokenizer needs, and the ids of the new ones.
+
+    Raises:
+        ModelError: The tokenizer is longer and `may_grow` is False.
+    """
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    needed = vocabulary_size(base.tokenizer)
+    if needed <= rows:
+        return base
+    if not may_grow:
+        raise ModelError(
+            f"The tokenizer has ids up to {needed - 1}, the model {base.name_or_path} has {rows} rows in its "
+            "vocabulary, and nothing that is loaded here holds the others. Use the model's own tokenizer, or train "
+            "with the longer one first."
+        )
+    with quiet_transformers():
+        base.model.resize_token_embeddings(needed, mean_resizing=False)
+    _start_new_rows(base.model, rows)
+    notice = f"The tokenizer has {needed - rows} tokens more than the model's vocabulary of {rows}: rows were added."
+    return replace(base, new_token_ids=tuple(range(rows, needed)), notices=(*base.notices, notice))
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Count the positions that a model holds, special tokens included.
+
+    RoBERTa-like models number positions from `padding_idx + 1`, so that a table of 514 rows holds 512 tokens; others
+    have a table with spare rows. Models with rotary or relative positions hold what their config says.
+
+    Args:
+        model: The masked LM.
+
+    Returns:
+        The largest row length, or None where neither a table nor the config sets one.
+    """
+    limits = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            padding_idx = module.padding_idx
+            limits.append(module.num_embeddings - (0 if padding_idx is None else padding_idx + 1))
+    stated = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(stated, int) and stated > 0:
+        limits.append(stated)
+    return min(limits, default=None)
+
+
+def resolve_max_seq_length(
+    requested: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, str | None]:
+    """Choose the row length.
+
+    Args:
+        requested: What the user asks for, in tokens, or None.
+        model: The masked LM; its positions are the limit.
+        tokenizer: Its `model_max_length` is the limit where the model sets none.
+
+    Returns:
+        The row length in tokens (special tokens included), and a sentence for the user if it is not what was asked.
+    """
+    held = position_limit(model)
+    stated = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
+    if requested is not None:
+        if held is not None and requested > held:
+            return held, f"max_seq_length {requested} is more than the model's {held} positions: {held} is used."
+        return requested, None
+    limit = min(x for x in (held, stated, DEFAULT_MAX_SEQ_LENGTH) if x is not None)
+    notice = None
+    if limit == DEFAULT_MAX_SEQ_LENGTH and (held is None or held > limit):
+        notice = f"max_seq_length is {limit}; the model would hold {held or 'more'}: set it to use longer rows."
+    return limit, notice
+
+
+def published_name(name_or_path: str | None) -> str | None:
+    """Give the name of a base that may stand in a shipped file: a hub name as it is, of a local path the last part.
+
+    Args:
+        name_or_path: A hub name, or the path of a folder.
+
+    Returns:
+        The name, or None for None.
+    """
+    if name_or_path is None:
+        return None
+    return Path(name_or_path).expanduser().resolve().name if Path(name_or_path).expanduser().exists() else name_or_path
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' load reports and bars: what matters in them, we say ourselves."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _hub_options(arguments: ModelArguments, revision: str | None) -> dict[str, Any]:
+    return {
+        "cache_dir": arguments.cache_dir,
+        "revision": revision or "main",
+        "token": arguments.token,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+
+
+@contextlib.contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Turn what from_pretrained raises for a wrong name or a broken folder into one sentence."""
+    path = Path(name).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ModelError(f"{name} is a file: give the folder it lies in, or a hub name.")
+    if path.is_dir() and what == "model" and not (path / "config.json").is_file():
+        raise ModelError(f"The folder {name} has no config.json: it holds no model. Give the folder of a saved model.")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ModelError(f"There is no folder {name}. Give an existing folder, or a hub name such as org/model.")
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        where = "in that folder" if path.is_dir() else "on the hub or in the cache"
+        raise ModelError(
+            f"Cannot load the {what} {name} {where}: {reason.rstrip('.')}. "
+            "Check the name; for a private model, log in with `hf auth login`."
+        ) from error
+
+
+def _load_config(name: str, arguments: ModelArguments) -> PreTrainedConfig:
+    with _loading("model", name):
+        config = AutoConfig.from_pretrained(name, **_hub_options(arguments, arguments.model_revision))
+    _check_model_type(config.model_type, name, arguments)
+    if config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}). Give a masked LM with an encoder alone.")
+    return config
+
+
+def _check_model_type(model_type: str, name: str, arguments: ModelArguments) -> None:
+    if model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not arguments.trust_remote_code:
+        raise ModelError(
+            f"{name} is of the type {model_type}, which transformers has no masked language model for. "
+            f"Types with one: {', '.join(sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES))}."
+        )
+
+
+def _load_weights(
+    name: str, config: PreTrainedConfig, arguments: ModelArguments
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    with _loading("model", name):
+        return AutoModelForMaskedLM.from_pretrained(
+            name,
+            config=config,
+            dtype=arguments.dtype,
+            use_safetensors=_has_safetensors(name),
+            output_loading_info=True,
+            **_hub_options(arguments, arguments.model_revision),
+        )
+
+
+def _has_safetensors(name: str) -> bool | None:
+    """Refuse a folder that holds only pickled weights; on the hub, let transformers look (None)."""
+    path = Path(name).expanduser()
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return True
+    if any(path.glob("*.bin")):
+        raise ModelError(
+            f"{name} holds its weights as a pickle (.bin), which can run code when it is opened. "
+            "Convert a file that you trust to safetensors first."
+        )
+    raise ModelError(f"The folder {name} holds no weights (*.safetensors). Give the folder of a saved model.")
+
+
+def _split_missing(model: PreTrainedModel, missing: list[str]) -> tuple[list[str], list[str]]:
+    """Split the missing keys into the encoder's and the head's parameters, an alias under its first name."""
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    every_name = dict(model.named_parameters(remove_duplicate=False))
+    encoder = {id(parameter) for parameter in model.base_model.parameters()} if model.base_model is not model else set()
+    names = {first_name[id(every_name[key])] for key in missing if key in every_name}
+    of_encoder = sorted(name for name in names if id(every_name[name]) in encoder)
+    return of_encoder, sorted(names - set(of_encoder))
+
+
+def _check_own_tokenizer(base: Base, arguments: ModelArguments) -> Base:
+    """Refuse a tokenizer that gives the base's ids to other tokens: its embeddings would mean something else."""
+    if not base.tokenizer_changed:
+        return base
+    own_arguments = replace(arguments, tokenizer_name=None)
+    try:
+        own = load_tokenizer(own_arguments)
+    except ModelError:
+        return base  # the base has no tokenizer of its own to compare with
+    theirs = {i: token for token, i in base.tokenizer.get_vocab().items()}
+    wrong = [(i, token, theirs.get(i)) for token, i in own.get_vocab().items() if theirs.get(i) != token]
+    if wrong:
+        i, token, other = min(wrong)
+        raise ModelError(
+            f"The tokenizer {arguments.tokenizer_name} is not the one of {base.name_or_path}, nor an extension of it: "
+            f"id {i} is {token!r} for the base and {other!r} for the tokenizer ({len(wrong)} ids differ). Use the "
+            "base's own tokenizer, one with tokens added to it, or train from scratch."
+        )
+    return replace(base, tokenizer_changed=len(theirs) != len(own.get_vocab()))
+
+
+def _start_new_rows(model: PreTrainedModel, first: int) -> None:
+    """Start new rows at the mean of the old ones, new biases at zero: the same whenever the base is grown again."""
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is None:
+                continue
+            layer.weight[first:] = layer.weight[:first].mean(dim=0)
+            if getattr(layer, "bias", None) is not None:
+                layer.bias[first:] = 0
+
+
+def _build_from_scratch(arguments: ModelArguments) -> Base:
+    tokenizer = load_tokenizer(arguments)
+    if arguments.config_name is not None:
+        config = _load_config(arguments.config_name, arguments)
+    else:
+        assert arguments.model_type is not None  # config.py refuses arguments that name no model
+        _check_model_type(arguments.model_type, "--model_type", arguments)
+        config = AutoConfig.for_model(arguments.model_type)
+    _take_from_tokenizer(config, tokenizer)
+    if arguments.config_overrides is not None:
+        try:
+            config.update_from_string(arguments.config_overrides)
+        except ValueError as error:
+            raise ModelError(f"--config_overrides {arguments.config_overrides}: {error}.") from error
+    try:
+        with quiet_transformers():
+            model = AutoModelForMaskedLM.from_config(config)
+    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
+        raise ModelError(f"Cannot make a {config.model_type} model of this config: {error}") from error
+    base = Base(model=model.eval(), tokenizer=tokenizer, name_or_path=None, tokenizer_changed=True)
+    return replace(fit_vocabulary(base, may_grow=True), new_token_ids=())
+
+
+def _take_from_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a new model the tokenizer's vocabulary and special ids, not the ones its type was published with."""
+    config.vocab_size = vocabulary_size(tokenizer)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, getattr(tokenizer, name))
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown}, and {len(names) - NAMES_SHOWN} more"

@@ -1,0 +1,232 @@
+"""Which layers an adapter changes: found by what the prediction depends on, or named by the user.
+
+Names are matched as PEFT matches them; what matches nothing is refused with the real names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peft_mlm.arguments import PEFTArguments
+from peft_mlm.errors import AdapterError
+from peft_mlm.heads import tied_parameters, untied_modules
+
+ALL_LINEAR = "all-linear"
+PROBE_TOKENS = 16
+
+
+def encoder_linears(model: PreTrainedModel) -> list[str]:
+    """List the linear layers of the encoder that the prediction depends on.
+
+    A short forward and backward pass tells which ones a gradient reaches; layers that the masked LM never uses (such as
+    a pooler) and the head are left out, and so is every matrix that stands in more than one place.
+
+    Args:
+        model: The masked LM.
+
+    Returns:
+        Full module names, in the order of the model.
+    """
+    tied = tied_parameters(model)
+    of_encoder = {id(module) for module in model.base_model.modules()}
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) in of_encoder and id(module.weight) not in tied
+    }
+    output_layer = model.get_output_embeddings()
+    reached = _reached_by_gradient(model, {n: m for n, m in candidates.items() if m is not output_layer})
+    return [name for name in candidates if name in reached]
+
+
+def resolve_targets(model: PreTrainedModel, arguments: PEFTArguments, without: Sequence[str]) -> list[str]:
+    """Turn the names given, or the default, into the full names of the layers to adapt.
+
+    Args:
+        model: The masked LM.
+        arguments: Names, exclusions, layer numbers.
+        without: Modules that are trained in full, and so get no adapter.
+
+    Returns:
+        Full module names, in the order of the model.
+
+    Raises:
+        AdapterError: A name matches nothing, or a tied matrix; or nothing is left.
+    """
+    given = arguments.lora_target_modules
+    if given is None or given == [ALL_LINEAR]:
+        targets = encoder_linears(model)
+    else:
+        targets = _named_layers(model, given, option="lora_target_modules")
+    for name in arguments.lora_exclude_modules or []:
+        left_out = [target for target in targets if _matches(target, name)]
+        if not left_out:
+            raise AdapterError(f"lora_exclude_modules: {name} is no target. Targets: {_choices(targets)}.")
+        targets = [target for target in targets if target not in left_out]
+    if arguments.layers_to_transform is not None:
+        wanted = set(arguments.layers_to_transform)
+        numbers = {target: _layer_number(target) for target in targets}
+        absent = wanted - set(numbers.values())
+        if absent:
+            real = sorted({n for n in numbers.values() if n is not None})
+            raise AdapterError(f"layers_to_transform: no layer {sorted(absent)}; there are {real[0]} to {real[-1]}.")
+        targets = [target for target in targets if numbers[target] in wanted]
+    targets = [t for t in targets if not any(t == w or t.startswith(w + ".") for w in without)]
+    if not targets:
+        raise AdapterError("No layer is left to adapt: check lora_target_modules, lora_exclude_modules.")
+    return targets
+
+
+def resolve_modules_to_save(model: PreTrainedModel, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Turn names of modules to train in full into their parts without a tied matrix.
+
+    Args:
+        model: The masked LM.
+        names: As given by the user, or None.
+
+    Returns:
+        Full names of the parts to train, and sentences that say what stays frozen.
+
+    Raises:
+        AdapterError: A name matches nothing, or nothing but tied weights.
+    """
+    modules = dict(model.named_modules())
+    tied = tied_parameters(model)
+    trained: list[str] = []
+    notices: list[str] = []
+    for wanted in names or []:
+        hits = [name for name in modules if name and _matches(name, wanted)]
+        if not hits:
+            last_parts = sorted({name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()})
+            raise AdapterError(f"modules_to_save: no module is named {wanted}. Modules: {', '.join(last_parts)}.")
+        for hit in hits:
+            parts = untied_modules(model, hit)
+            if not parts:
+                raise AdapterError(
+                    f"modules_to_save: {hit} holds nothing but weights that are tied to the embeddings; a trained copy "
+                    "would cut the tie. Leave it out, or train the whole model (without --use_lora)."
+                )
+            trained += parts
+            if any(id(parameter) in tied for parameter in modules[hit].parameters()):
+                notices.append(f"modules_to_save: of {hit}, {', '.join(parts)} are trained; the tied decoder stays.")
+    return trained, notices
+
+
+def check_pattern(option: str, pattern: dict[str, Any] | None, targets: Sequence[str]) -> dict[str, Any]:
+    """Check that each name of a rank or alpha pattern is a target and each value a positive number.
+
+    Args:
+        option: `rank_pattern` or `alpha_pattern`.
+        pattern: Values by name or expression, or None.
+        targets: Full names of the layers that are adapted.
+
+    Returns:
+        The pattern.
+
+    Raises:
+        AdapterError: A name matches no target, or a value is no positive number.
+    """
+    for name, value in (pattern or {}).items():
+        # PEFT's own rule for these keys
+        if not any(re.match(rf"(.*\.)?({name})$", target) for target in targets):
+            raise AdapterError(f"{option}: {name} matches no target. Targets: {_choices(targets)}.")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole or (option == "alpha_pattern" and isinstance(value, float))) or value <= 0:
+            raise AdapterError(f"{option}: {name} is {value!r}; it must be a positive number.")
+    return dict(pattern or {})
+
+
+def as_pattern(model: nn.Module, targets: Sequence[str]) -> str | list[str]:
+    """Say a list of layers as one short expression, layer numbers left open, if that means exactly these layers.
+
+    Args:
+        model: The masked LM.
+        targets: Full names of its layers.
+
+    Returns:
+        A regular expression that PEFT matches against full names; else the list itself.
+    """
+    open_names = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", r"\\d+", re.escape(t).replace(r"\.", ".")) for t in targets)
+    pattern = "|".join(name.replace(".", r"\.") for name in open_names)
+    matched = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+    return pattern if matched == list(targets) else list(targets)
+
+
+def _reached_by_gradient(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
+    """Name the layers whose output the logits depend on, without keeping a gradient for any weight."""
+    reached: set[str] = set()
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            leaf = output if output.requires_grad else output.detach().requires_grad_()
+            leaf.register_hook(lambda gradient: reached.add(name))
+            return leaf.clone()  # some models change a layer's output in place, which a leaf does not allow
+
+        return hook
+
+    was_training, needed = model.training, {p: p.requires_grad for p in model.parameters()}
+    handles = [module.register_forward_hook(watch(name)) for name, module in layers.items()]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(PROBE_TOKENS, device=model.device).remainder(vocabulary).unsqueeze(0)
+    try:
+        model.eval().requires_grad_(False)
+        with torch.enable_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            if logits.requires_grad:
+                logits.float().pow(2).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, requires_grad in needed.items():
+            parameter.requires_grad_(requires_grad)
+        model.train(was_training)
+    return reached
+
+
+def _named_layers(model: PreTrainedModel, names: Sequence[str], option: str) -> list[str]:
+    """Find the layers with these names, or that match this one regular expression, as PEFT reads them."""
+    tied = tied_parameters(model)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d)
+    }
+    found: list[str] = []
+    for wanted in names:
+        hits = [name for name in layers if _matches(name, wanted)]
+        if not hits:
+            linears = [name for name, module in layers.items() if isinstance(module, nn.Linear | Conv1D)]
+            raise AdapterError(f"{option}: no layer is named {wanted}. Layers of this model: {_choices(linears)}.")
+        shared = [name for name in hits if id(layers[name].weight) in tied]
+        if shared:
+            raise AdapterError(
+                f"{option}: {', '.join(shared)} is the embedding and the decoder at once (tied); an adapter on one "
+                "side would be lost or doubled by a merge. Leave it out."
+            )
+        found += [name for name in hits if name not in found]
+    return [name for name in layers if name in found]
+
+
+def _matches(name: str, wanted: str) -> bool:
+    """Match as PEFT does: the whole name, its last parts, or, where it can't be a name, a regular expression."""
+    if re.fullmatch(r"[\w.]+", wanted):
+        return name == wanted or name.endswith("." + wanted)
+    try:
+        return re.fullmatch(wanted, name) is not None
+    except re.error as error:
+        raise AdapterError(f"{wanted!r} is neither a module's name nor a regular expression: {error}.") from error
+
+
+def _layer_number(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _choices(names: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "N", name) for name in names))

@@ -1,0 +1,296 @@
+"""transformers' Trainer with the loss, the evaluation and the checkpoints that masked language models need.
+
+Trainer leaves the division by accumulation steps to models whose forward takes `**kwargs`; most masked LM heads do not
+divide, so that loss and gradients come out multiplied. It also averages batches, draws new evaluation masks at every
+pass, keeps all logits of an evaluation in memory, and puts a pickle with the hub token beside every checkpoint. None of
+this happens here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import (
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from peft_mlm.adapter import save_adapter
+from peft_mlm.errors import ArgumentsError
+from peft_mlm.metrics import MaskedScores, evaluate_masked_lm, masked_lm_loss
+from peft_mlm.run_folder import RunFolder, append_jsonl
+
+PERPLEXITY_NAMES = ("perplexity", "eval_perplexity")
+
+
+def build_training_arguments(values: Mapping[str, Any], checkpoints: Path) -> TrainingArguments:
+    """Build transformers' own TrainingArguments for a run.
+
+    Args:
+        values: Typed values by name; names that are not given keep transformers' defaults.
+        checkpoints: Where checkpoints go; `output_dir` itself is the run folder.
+
+    Returns:
+        The arguments that Trainer reads.
+
+    Raises:
+        ArgumentsError: transformers refuses a value or a combination.
+    """
+    settings = {
+        **values,
+        "output_dir": str(checkpoints),
+        "do_train": True,
+        "disable_tqdm": True,  # its bar and its printed dicts are replaced by ours
+        "label_names": ["labels"],
+    }
+    if settings.get("metric_for_best_model") in PERPLEXITY_NAMES:
+        settings.setdefault("greater_is_better", False)  # Trainer takes all but losses for "greater is better"
+    try:
+        (arguments,) = HfArgumentParser((TrainingArguments,)).parse_dict(settings)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ArgumentsError(f"transformers refuses these training arguments: {error}") from error
+    return arguments
+
+
+def scores_of(
+    model: torch.nn.Module, rows: Dataset, collator: Callable[..., Any], arguments: TrainingArguments, *, label: str
+) -> MaskedScores:
+    """Evaluate a model on rows, longest first, so that batches hold little padding.
+
+    Masks depend on a row's content alone; the order is free.
+
+    Args:
+        model: A masked LM on `arguments.device`.
+        rows: With `input_ids`.
+        collator: Makes batches, with fixed masks.
+        arguments: Batch size, device, precision, workers.
+        label: What the progress bar says.
+
+    Returns:
+        Sums over all rows (over all processes, where several run).
+    """
+    lengths = rows.data.column("input_ids").combine_chunks().value_lengths() if rows._indices is None else None
+    sizes = lengths.to_numpy() if lengths is not None else [len(row) for row in rows["input_ids"]]
+    order = sorted(range(len(rows)), key=lambda index: (-sizes[index], index))
+    own = order[arguments.process_index :: arguments.world_size]
+    batches = DataLoader(
+        Subset(rows, own),
+        batch_size=arguments.per_device_eval_batch_size,
+        collate_fn=collator,
+        num_workers=arguments.dataloader_num_workers,
+    )
+    bar = tqdm(batches, desc=label, file=sys.stderr, leave=False, disable=not show_progress(arguments), unit="batch")
+    return evaluate_masked_lm(model, bar, device=arguments.device, autocast=_autocast(arguments))
+
+
+def show_progress(arguments: TrainingArguments) -> bool:
+    """Tell whether progress bars are shown: on a terminal, in the first process."""
+    return sys.stderr.isatty() and arguments.process_index == 0
+
+
+class MaskedLMTrainer(Trainer):
+    """Trainer for masked language models.
+
+    Args:
+        eval_collator: Makes evaluation batches, with fixed masks.
+        save: Writes the model (or its adapter) into a folder.
+        early_stopping: Patience in evaluations and threshold, or None.
+        run: The run folder whose metrics.jsonl gets every log.
+        options: Trainer's own arguments; `data_collator` makes the training batches.
+    """
+
+    def __init__(
+        self,
+        *,
+        eval_collator: Callable[..., Any],
+        save: Callable[[torch.nn.Module, Path], None],
+        run: RunFolder,
+        early_stopping: tuple[int, float] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.eval_collator = eval_collator
+        self.save_into = save
+        # Trainer then counts the masked tokens of all micro-batches of a step, which `compute_loss` divides by.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(_MaskEpoch(self.data_collator))
+        self.add_callback(_MetricsFile(run))
+        self.add_callback(_Progress())
+        if early_stopping is not None:
+            self.add_callback(EarlyStoppingCallback(*early_stopping))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the cross-entropies / masked tokens of the whole accumulated batch (of all processes)."""
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = masked_lm_loss(outputs.logits, labels, num_items_in_batch, self.args.label_smoothing_factor)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # Processes average their gradients; dividing by the count of all of them asks for the sum.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate on fixed masks: loss, accuracy and perplexity over masked tokens, in the memory of one batch."""
+        started = time.perf_counter()
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        scores = scores_of(self.model, rows, self.eval_collator, self.args, label="evaluating")
+        metrics: dict[str, float] = {
+            f"{metric_key_prefix}_{name}": value for name, value in scores.describe().items() if name != "masked_tokens"
+        }
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter, or the model where there is none; no pickled arguments beside it."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+        elif self.args.should_save:
+            self.save_into(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
+
+
+def saver(
+    *, base_name: str | None, base_revision: str | None, tokenizer: PreTrainedTokenizerBase, tokenizer_changed: bool
+) -> Callable[[torch.nn.Module, Path], None]:
+    """Make the function that writes what was trained.
+
+    Args:
+        base_name: The base's name as it may be published.
+        base_revision: Its commit on the hub.
+        tokenizer: The tokenizer of the run.
+        tokenizer_changed: Whether the adapter must carry it.
+
+    Returns:
+        A function of the model and a folder: it writes the adapter alone, or the whole model with its tokenizer.
+    """
+
+    def save(model: torch.nn.Module, folder: Path) -> None:
+        if isinstance(model, PeftModel):
+            carried = tokenizer if tokenizer_changed else None
+            save_adapter(model, folder, base_name=base_name, base_revision=base_revision, tokenizer=carried)
+        else:
+            model.save_pretrained(str(folder))  # type: ignore[operator]
+            tokenizer.save_pretrained(str(folder))
+
+    return save
+
+
+class _MaskEpoch(TrainerCallback):
+    """Tells the training collator the epoch, which its masks depend on; a resumed run gets the same ones."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.collator.set_epoch(int(state.epoch or 0))
+
+
+class _MetricsFile(TrainerCallback):
+    """Appends every log to metrics.jsonl."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            append_jsonl(self.run.metrics, {"step": state.global_step, **logs})
+
+
+class _Progress(TrainerCallback):
+    """A bar for the steps, and one line per evaluation, on stderr."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit="step",
+                file=sys.stderr,
+                disable=not show_progress(args),
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+        if "eval_loss" in logs:
+            self.bar.write(
+                f"step {state.global_step:>6}/{state.max_steps}  loss {logs['eval_loss']:.4f}  "
+                f"perplexity {logs['eval_perplexity']:.3f}  masked accuracy {logs['eval_accuracy']:.4f}",
+                file=sys.stderr,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _autocast(arguments: TrainingArguments) -> Callable[[], Any]:
+    """The precision of evaluation: that of training, before the first step as after the last."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    if dtype is None:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(arguments.device.type, dtype=dtype)

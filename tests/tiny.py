@@ -1,0 +1,118 @@
+"""Tiny real models, tokenizers and texts that the tests build for themselves."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
+
+LETTERS = "ABCDEFGHIJKLMNOPQRST"
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+# Every name under which a config of some model type keeps one of its sizes.
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "embedding_size": 32,
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 64,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "cls_token_id": 0,
+    "sep_token_id": 2,
+    "mask_token_id": 4,
+}
+# Model types whose masked LM heads differ in make and in names.
+MODEL_TYPES = (
+    "albert", "bert", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra",
+    "ernie", "esm", "megatron-bert", "modernbert", "mpnet", "nomic_bert", "rembert", "roberta", "roberta-prelayernorm",
+    "roformer", "xlm-roberta",
+)  # fmt: skip
+
+
+def letter_tokenizer(extra: list[str] | None = None) -> PreTrainedTokenizerFast:
+    """One token per letter; `<s>` and `</s>` around a text."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *LETTERS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(Regex(r"\s"), "")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        mask_token="<mask>",
+        model_max_length=62,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    if extra:
+        tokenizer.add_tokens(extra)
+    return tokenizer
+
+
+def tiny_model(model_type: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A masked LM of two narrow layers with random weights, large enough that every part of it shows in the logits."""
+    known = AutoConfig.for_model(model_type)
+    wanted = {**SIZES, "vocab_size": len(SPECIAL) + len(LETTERS), **changes}
+    config = AutoConfig.for_model(model_type, **{name: size for name, size in wanted.items() if hasattr(known, name)})
+    torch.manual_seed(seed)
+    model = AutoModelForMaskedLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def save_base(folder: Path, model_type: str = "roberta", **changes: object) -> Path:
+    """Save a tiny model with its tokenizer, as a user would have it in a folder."""
+    tiny_model(model_type, **changes).save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_encoder(folder: Path, model_type: str = "bert") -> Path:
+    """Save only the encoder of a tiny model: a checkpoint without a masked LM head."""
+    tiny_model(model_type).base_model.save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def letter_texts(count: int, *, seed: int = 0, shortest: int = 8, longest: int = 40) -> list[str]:
+    """Texts that can be learned: each runs through the alphabet by a step of its own."""
+    chance = random.Random(seed)
+    texts = []
+    for _ in range(count):
+        start, step = chance.randrange(len(LETTERS)), chance.choice((1, 3))
+        length = chance.randint(shortest, longest)
+        texts.append("".join(LETTERS[(start + step * i) % len(LETTERS)] for i in range(length)))
+    return texts
+
+
+def save_texts(path: Path, count: int, **options: int) -> Path:
+    """Write such texts, one a line."""
+    path.write_text("\n".join(letter_texts(count, **options)) + "\n", encoding="utf-8")
+    return path
+
+
+def perturb(model: torch.nn.Module, *, seed: int = 1, scale: float = 0.1) -> None:
+    """Move every trainable parameter, as training would, so that an adapter does something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
