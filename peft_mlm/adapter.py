@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -134,7 +135,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise AdapterError(f"The adapter {folder} does not fit the base model: {reason}") from error
     missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]

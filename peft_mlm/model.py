@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -120,6 +121,9 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             name, use_fast=arguments.use_fast_tokenizer, **_hub_options(arguments, revision)
         )
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # transformers makes an empty tokenizer where it finds no file
+        raise ModelError(f"Cannot load the tokenizer {name}: it holds no tokens. Are its files (tokenizer.json) there?")
     for token in ("mask_token", "pad_token"):
         if getattr(tokenizer, token) is None:
             raise ModelError(
@@ -168,7 +172,7 @@ def fit_vocabulary(base: Base, *, may_grow: bool) -> Base:
         )
     with quiet_transformers():
         base.model.resize_token_embeddings(needed, mean_resizing=False)
-    _start_new_rows(base.model, rows)
+    _start_new_rows(base.model, rows, needed)
     notice = f"The tokenizer has {needed - rows} tokens more than the model's vocabulary of {rows}: rows were added."
     return replace(base, new_token_ids=tuple(range(rows, needed)), notices=(*base.notices, notice))
 
@@ -274,7 +278,7 @@ def _loading(what: str, name: str) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -360,8 +364,15 @@ def _check_own_tokenizer(base: Base, arguments: ModelArguments) -> Base:
     return replace(base, tokenizer_changed=len(theirs) != len(own.get_vocab()))
 
 
-def _start_new_rows(model: PreTrainedModel, first: int) -> None:
+def _start_new_rows(model: PreTrainedModel, first: int, vocabulary: int) -> None:
     """Start new rows at the mean of the old ones, new biases at zero: the same whenever the base is grown again."""
+    for module in model.modules():
+        # A bias that stands beside the decoder, as ESM has it; transformers grows only the decoder's own.
+        bias = module._parameters.get("bias")
+        lone = bias is not None and not hasattr(module, "weight") and bias.shape == (first,)
+        if lone:
+            grown = torch.cat([bias.detach(), bias.new_zeros(vocabulary - first)])
+            module.bias = nn.Parameter(grown, requires_grad=bias.requires_grad)
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is None:
