@@ -47,12 +47,12 @@ def show_notices(stream: TextIO) -> None:
     logger.propagate = False
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], *, stream: TextIO) -> None:
+def print_table(title: str, header: Sequence[str] | None, rows: Sequence[Sequence[Any]], *, stream: TextIO) -> None:
     """Print a small table; numbers are right-aligned.
 
     Args:
         title: Line above it.
-        header: Names of the columns.
+        header: Names of the columns; None for a list of names and values.
         rows: Cells; floats are shown with four significant digits.
         stream: Where to.
     """
@@ -60,9 +60,15 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    table = Table(
+        title=title or None,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        show_header=header is not None,
+    )
+    for index, name in enumerate(header or ("", "")):
+        table.add_column(name, justify="left" if index == 0 or header is None else "right", overflow="fold")
     for row in rows:
         table.add_row(*(cell(value) for value in row))
     Console(file=stream, highlight=False, markup=False, emoji=False).print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -69,7 +69,7 @@ def merge_adapter(
     probe = probe_rows(model.get_base_model(), tokenizer)
     expected = _logits(model, probe)
     try:
-        merged: Any = model.merge_and_unload(safe_merge=True)
+        merged = cast(PreTrainedModel, model.merge_and_unload(safe_merge=True))
     except (NotImplementedError, ValueError, AttributeError) as error:
         raise MergeError(f"This adapter cannot be merged into its base: {error}") from error
     with staged(output_dir) as folder:
@@ -84,7 +84,7 @@ def merge_adapter(
     return report
 
 
-def is_tied(model: torch.nn.Module) -> bool:
+def is_tied(model: Any) -> bool:
     """Tell whether input embeddings and decoder are one matrix.
 
     Args:
@@ -93,7 +93,7 @@ def is_tied(model: torch.nn.Module) -> bool:
     Returns:
         True if the embedding matrix stands in more than one place.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     tied = tied_parameters(base)
     return any(id(parameter) in tied for parameter in base.get_input_embeddings().parameters())
 

@@ -37,7 +37,7 @@ def demo(output_dir: str | Path | None = None, *, flags: Sequence[str] = ()) -> 
         flags: Words of a command line that override configs/demo.yaml.
 
     Returns:
-        `base` and `adapted` (each `perplexity`, `accuracy`; mouse, unseen genes), `human` (the same two), `adapter_bytes`
+        `base` and `adapted` (each `perplexity`, `accuracy`; mouse, unseen genes), `human` (same two), `adapter_bytes`,
         `merge` (`max_abs_logit_diff`, `top1_agreement`), `fill_mask`, `run_folder`, `merged_folder`, `seconds`.
     """
     from peft_mlm.commands.evaluate import evaluate
@@ -127,7 +127,7 @@ def show(record: dict[str, Any]) -> None:
         ["run folder", record["run_folder"]],
         ["seconds", record["seconds"]],
     ]
-    print_table("", ["", ""], facts, stream=sys.stdout)
+    print_table("", None, facts, stream=sys.stdout)
 
 
 def help_text() -> str:

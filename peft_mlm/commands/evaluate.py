@@ -34,7 +34,7 @@ def evaluate(
         use_base: Evaluate the base, without adapter or training.
 
     Returns:
-        `model`, `part` ("adapted" or "base"), `loss`, `perplexity`, `accuracy`, `masked_tokens`, `rows` and `data`
+        `model`, `part` ("adapted", "base" or "model"), `loss`, `perplexity`, `accuracy`, `masked_tokens`, `rows` and `data`
         (facts about the text).
 
     Raises:
@@ -73,7 +73,7 @@ def evaluate(
         scores = scores_of(loaded.model.to(training.device), rows, masking, training, label="evaluating")
     return {
         "model": name_or_path,
-        "part": "base" if use_base else "adapted",
+        "part": "base" if use_base else "model" if target.kind == "model" else "adapted",
         **scores.describe(),
         "rows": len(rows),
         "data": corpus.facts["validation"],

@@ -67,7 +67,7 @@ def show(record: dict[str, Any]) -> None:
         ["largest difference of a logit", record["max_abs_logit_diff"]],
         ["same most probable token", f"{record['top1_agreement']:.2%} of {record['positions']:,} positions"],
     ]
-    print_table("merged", ["", ""], rows, stream=sys.stdout)
+    print_table("merged", None, rows, stream=sys.stdout)
 
 
 def help_text() -> str:

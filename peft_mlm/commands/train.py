@@ -99,6 +99,7 @@ def run_training(arguments: Arguments) -> TrainResult:
         As `train`.
     """
     started = time.perf_counter()
+    arguments = _with_whole_paths(arguments)
     run = RunFolder(Path(arguments.training["output_dir"]).expanduser())
     resume = arguments.training.get("resume_from_checkpoint")
     resume = None if resume in (None, False, "false") else str(resume)
@@ -175,7 +176,7 @@ def show(record: dict[str, Any]) -> None:
         ["saved", f"{record['saved_to']} ({bytes_text(record['saved_bytes'])})"],
         ["steps, seconds", f"{record['steps']:,}, {record['seconds']:,}"],
     ]
-    print_table(f"run {record['run_folder']}", ["", ""], facts, stream=sys.stdout)
+    print_table(f"run {record['run_folder']}", None, facts, stream=sys.stdout)
 
 
 def help_text() -> str:
@@ -185,6 +186,36 @@ def help_text() -> str:
         "Train an adapter (--use_lora) or the whole model. Flags override the file.\n"
     )
     return usage + "\n" + describe_help(("model", "data", "peft", "training"))
+
+
+def _with_whole_paths(arguments: Arguments) -> Arguments:
+    """Write local paths out in full, so that later commands find the files from any folder."""
+
+    def whole(name: str | None, *, always: bool = False) -> str | None:
+        if name is None or not (always or Path(name).expanduser().exists()):
+            return name
+        return str(Path(name).expanduser().absolute())
+
+    def files(names: list[str] | None) -> list[str] | None:
+        return None if names is None else [whole(name, always=True) or name for name in names]
+
+    model, data, peft = arguments.model, arguments.data, arguments.peft
+    return replace(
+        arguments,
+        model=replace(
+            model,
+            model_name_or_path=whole(model.model_name_or_path),
+            config_name=whole(model.config_name),
+            tokenizer_name=whole(model.tokenizer_name),
+        ),
+        data=replace(
+            data,
+            dataset_name=whole(data.dataset_name),
+            train_file=files(data.train_file),
+            validation_file=files(data.validation_file),
+        ),
+        peft=None if peft is None else replace(peft, adapter_name_or_path=whole(peft.adapter_name_or_path)),
+    )
 
 
 def _with_adapter_tokenizer(arguments: Arguments) -> Any:
@@ -221,7 +252,7 @@ def _build_trainer(
     from peft_mlm.trainer import MaskedLMTrainer, saver
 
     data = arguments.data
-    options = {
+    options: dict[str, Any] = {
         "mlm_probability": data.mlm_probability,
         "mask_replace_prob": data.mask_replace_prob,
         "random_replace_prob": data.random_replace_prob,
