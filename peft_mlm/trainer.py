@@ -183,15 +183,19 @@ class MaskedLMTrainer(Trainer):
 
 
 def saver(
-    *, base_name: str | None, base_revision: str | None, tokenizer: PreTrainedTokenizerBase, tokenizer_changed: bool
+    *,
+    base_name: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_changed: bool,
+    base_revision: str | None = None,
 ) -> Callable[[torch.nn.Module, Path], None]:
     """Make the function that writes what was trained.
 
     Args:
         base_name: The base's name as it may be published.
-        base_revision: Its commit on the hub.
         tokenizer: The tokenizer of the run.
         tokenizer_changed: Whether the adapter must carry it.
+        base_revision: The base's commit on the hub.
 
     Returns:
         A function of the model and a folder: it writes the adapter alone, or the whole model with its tokenizer.

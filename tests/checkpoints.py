@@ -41,7 +41,7 @@ def convert_antiberty(folder: Path) -> Path:
         if not name.startswith(ANTIBERTY_OTHER_PARTS) and not name.endswith("position_ids")
     }
     result = model.load_state_dict(weights, strict=False)
-    assert not result.missing_keys and not result.unexpected_keys, result
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
     model.save_pretrained(folder)
     tokens = [line for line in (source.parent / "vocab.txt").read_text().splitlines() if line]
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
