@@ -81,7 +81,7 @@ def named_faults(file: Path) -> Iterator[None]:
         file: The file that is read.
 
     Yields:
-        Nothing.
+        None: Nothing; the block runs inside.
 
     Raises:
         DataError: With the file's name, the fault and a remedy, in place of the fault.
@@ -158,14 +158,14 @@ def _fasta_texts(file: Path, column: str) -> Iterator[str]:
         for line in lines:
             if line.startswith(">"):
                 if record is not None:
-                    yield "".join(record)
+                    yield "".join(record).rstrip("*")
                 record = []
             elif record is not None and not line.startswith(";"):
                 record.append("".join(line.split()))
             elif record is None and line.strip() and not line.startswith(";"):
                 raise ValueError("it does not start with a FASTA header line (>name)")
     if record is not None:
-        yield "".join(record)
+        yield "".join(record).rstrip("*")
 
 
 def _csv_rows(file: Path) -> Generator[list[str], None, None]:

@@ -98,7 +98,8 @@ def test_validation_text_alone_is_the_same_as_with_training_text(tmp_path: Path)
 
 def test_training_text_alone_is_all_of_it(tmp_path: Path) -> None:
     corpus = [f"text {i}" for i in range(50)]
-    alone = load("train", train_file=write(tmp_path / "a.txt", corpus))
+    # What is not asked for is not read.
+    alone = load("train", train_file=write(tmp_path / "a.txt", corpus), validation_file=[str(tmp_path / "none.txt")])
     assert list(alone.splits) == ["train"]
     assert texts(alone, "train") == corpus
 

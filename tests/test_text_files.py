@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import socket
@@ -74,8 +75,10 @@ def test_an_unchanged_file_is_read_once_wherever_it_lies(tmp_path: Path) -> None
     second = read(tmp_path, shutil.copy(file, str(tmp_path / "two" / "b.txt"))).dataset
     assert second["text"][:] == ["same"]
     assert [p.stat().st_mtime_ns for p in tmp_path.rglob("*.arrow")] == [written]
+    arrow.unlink()
+    again = read(tmp_path, file).dataset
     # datasets names what it computes from a data set, such as tokens, by this.
-    assert first._fingerprint == second._fingerprint
+    assert first._fingerprint == second._fingerprint == again._fingerprint
 
 
 def test_files_of_one_name_in_two_folders_are_two_files(tmp_path: Path) -> None:
@@ -93,6 +96,10 @@ def test_the_same_bytes_under_another_ending_are_read_in_that_format(tmp_path: P
     content = "text\none\n"
     assert read(tmp_path, write(tmp_path / "a.txt", content)).dataset["text"][:] == ["text", "one"]
     assert read(tmp_path, write(tmp_path / "a.csv", content)).dataset["text"][:] == ["one"]
+    packed = gzip.compress(content.encode(), mtime=0)
+    for name, texts in (("b.txt.gz", ["text", "one"]), ("b.csv.gz", ["one"])):
+        (tmp_path / name).write_bytes(packed)
+        assert read(tmp_path, str(tmp_path / name)).dataset["text"][:] == texts
 
 
 def test_local_text_is_read_without_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,6 +239,7 @@ FAULTS: dict[str, tuple[bytes | str, str]] = {
     "open.jsonl": ('{"text": "a"}\n{"text":', "line 2 is not JSON"),
     "pretty.jsonl": ('{\n  "text": "a"\n}\n', "line 1 is not JSON.*an object per line"),
     "numbers.json": ("[1, 2]", "row 1 is 1, not an object"),
+    "mixed.jsonl": ('{"text": "a"}\n{"text": 7}\n', "Column 'text' of .* does not hold text"),
     "late.jsonl": ('{"text": "a"}\n' * 1500 + '{"text": 7}\n', "line 1501 has 7 in column 'text', which is not text"),
     "commas.csv": ("text\nYes.\nHello, world\n", "line 3 has 2 cells, the first line 1.*double quotes"),
     "quotes.csv": ('id,text\n1,"a"b\n', "line 2 is not well-formed"),
