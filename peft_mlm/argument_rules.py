@@ -246,6 +246,11 @@ def _check_model(values: Mapping[str, Any], given: Collection[str], for_training
                 f"config_overrides is given together with {' and '.join(barred)}: it changes the config of a new model "
                 "made by model_type. Leave one of them out."
             )
+    if "config_name" in given and "model_name_or_path" in given:
+        faults.append(
+            "config_name is given together with model_name_or_path, which brings its own config: leave one of them out "
+            "(without model_name_or_path the model is trained from scratch)."
+        )
     if "model_name_or_path" in given or not for_training:
         return faults
     if not scratch:

@@ -160,7 +160,7 @@ def read_flags(
         name = written[2:].replace("-", "_")
         kind = type_of(name)
         positive = type_of(name.removeprefix("no_"))
-        negated = kind is None and name.startswith("no_") and positive is not None and positive.boolean
+        negated = kind is None and name.startswith("no_") and positive is not None and _may_be_false(positive)
         name, kind = (name.removeprefix("no_"), positive) if negated else (name, kind)
         try:
             value = _flag_value(written, given, kind, negated=negated)
@@ -177,6 +177,10 @@ def read_flags(
 
 def _is_flag(word: str) -> bool:
     return word.startswith("-") and len(word) > 1 and not _NEGATIVE_NUMBER.match(word)
+
+
+def _may_be_false(kind: ArgumentType) -> bool:
+    return kind.boolean or False in kind.choices
 
 
 def _flag_value(written: str, given: list[str], kind: ArgumentType | None, *, negated: bool) -> Any:

@@ -68,14 +68,18 @@ class DataTrainingArguments:
         default=None,
         metadata={
             "help": "Text to train on: one file, several (comma-separated), or a glob; txt, csv, tsv, json, jsonl, "
-            "parquet or FASTA, plain or compressed (gz, bz2, xz, zst)."
+            "parquet or FASTA, plain or compressed (gz, bz2, xz, zst, zip)."
         },
     )
     validation_file: list[str] | None = field(
         default=None, metadata={"help": "Text to evaluate on, in the same formats; else a part of the training text."}
     )
     text_column: str | None = field(
-        default=None, metadata={"help": "Column that holds the text; else `text`, or the only text column."}
+        default=None,
+        metadata={
+            "help": "Column that holds the text; else `text`, or the only text column; in a csv or tsv without a "
+            "header its number, 1 for the first."
+        },
     )
     validation_split_percentage: float = field(
         default=5.0,

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -241,8 +240,9 @@ def _convert(argument: Field, value: Any) -> Any:
 def _resolve(found: _Findings, *, for_training: bool) -> Arguments:
     """Fill in defaults, check the rules, and build the groups."""
     fields = argument_fields()
-    values = {name: copy(item.default) for name, item in fields.items() if item.default not in (MISSING, None)}
-    values = {name: value for name, value in values.items() if name not in NOT_RECORDED or name in found.values}
+    known = [item for item in fields.values() if item.default not in (MISSING, None) and item.name not in NOT_RECORDED]
+    # Converted too: a number of steps that transformers declares as float has a whole number as default.
+    values = {item.name: _convert(item, item.default) for item in known}
     sources = dict.fromkeys(fields, "default") | found.sources
     given = {name: value for name, value in found.values.items() if value not in (None, "", [], {})}
     training_given = {name: value for name, value in found.values.items() if fields[name].group == "training"}
@@ -252,6 +252,9 @@ def _resolve(found: _Findings, *, for_training: bool) -> Arguments:
     sources |= why
     if values["line_by_line"] and "rows" not in given:
         values["rows"], sources["rows"] = "line", "implied by line_by_line"
+    if {"model_type", "model_name_or_path"} <= given.keys():
+        _notice(found, "model_type is left out: model_name_or_path brings its own.")
+        values["model_type"], sources["model_type"] = None, "default"
     peft_names = [name for name, item in fields.items() if item.group == "peft"]
     rules = check_arguments(values, given, peft_names=peft_names, for_training=for_training)
     # A rule that speaks of an argument already at fault says nothing new.

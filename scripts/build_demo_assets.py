@@ -59,8 +59,8 @@ SCORE_TOLERANCE = 1e-3
 STRAINS = {"mouse": ("balbc", "c57bl6"), "human": ("human",)}
 EXPECTED_JOINS = {"mouse": (1220, 119), "human": (1008, 121)}
 HELD_OUT_SHARE = 0.15
-# Mouse V sequences of one length that differ in no more residues than this (about 96 % identity: mostly the two
-# strains' alleles of one gene) are kept on the same side of the split.
+# Mouse V sequences of one length that differ in no more residues than this (about 96 % identity: the two strains'
+# alleles of one gene, or near copies of a gene) are kept on the same side of the split.
 NEAR = 4
 
 # The standard genetic code, codons in the order TTT, TTC, TTA, TTG, TCT, ...; * is a stop codon.
@@ -377,9 +377,10 @@ By `scripts/build_demo_assets.py`:
    left out. Genes with a stop codon or an undetermined letter are left out. Of genes with the same protein the first is
    kept (BALB/c before C57BL/6), so a header names one of perhaps several genes.
 2. Each V is joined to each J, without a D gene. Identical sequences are removed.
-3. Mouse is split by V gene. V sequences of one length that differ in at most {near} residues, mostly the two strains'
-   alleles of one gene, form a group; whole groups, in the order of the SHA-256 of their first gene name, are held out
-   until they hold {share:.0%} of the V genes. No V that is validated on, and none so near to one, is trained on.
+3. Mouse is split by V gene. V sequences of one length that differ in at most {near} residues (the two strains' alleles
+   of one gene, or near copies of a gene) form a group; whole groups, in the order of the SHA-256 of their first gene
+   name, are held out until they hold {share:.0%} of the V genes. No V that is validated on, and none so near to one, is
+   trained on.
 4. Human is for validation only, to see what a model that learns mouse forgets.
 
 A record is `>V-gene J-gene species` and the sequence on one line.
@@ -408,7 +409,9 @@ def build_corpus(wheels: Path, folder: Path) -> None:
 
 def main() -> None:
     """Build the assets in a temporary folder, then put them in place."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR, help="where to write (default: %(default)s)")
     output_dir = parser.parse_args().output_dir
     with TemporaryDirectory() as name:

@@ -112,7 +112,9 @@ def test_yaml_gives_back_texts_lists_and_mappings(tmp_path_factory, values):
     assert read_file(path) == booleans_as_text(values)
 
 
-@pytest.mark.parametrize("spelling", ["5e-5", "1.10", "0x10", "010", "1_000", "no", "on", "2024-01-01", "1:30", "1e400"])
+@pytest.mark.parametrize(
+    "spelling", ["5e-5", "1.10", "0x10", "010", "1_000", "no", "on", "2024-01-01", "1:30", "1e400"]
+)
 def test_yaml_scalars_stay_as_they_are_spelled(tmp_path, spelling):
     path = tmp_path / "a.yaml"
     path.write_text(f"x: {spelling}\n")

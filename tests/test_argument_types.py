@@ -3,6 +3,7 @@
 import enum
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -155,9 +156,8 @@ def test_spellings(annotation, given_value, expected):
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_it_is_and_what_it_should_be(annotation, given_value, said):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=re.escape(said)):
         convert(given_value, parse_type(annotation))
-    assert said in str(caught.value)
 
 
 def test_a_member_of_an_enumeration_counts_as_its_value():

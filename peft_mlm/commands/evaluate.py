@@ -34,8 +34,8 @@ def evaluate(
         use_base: Evaluate the base, without adapter or training.
 
     Returns:
-        `model`, `part` ("adapted", "base" or "model"), `loss`, `perplexity`, `accuracy`, `masked_tokens`, `rows` and `data`
-        (facts about the text).
+        `model`, `part` ("adapted", "base" or "model"), `loss`, `perplexity`, `accuracy`, `masked_tokens`, `rows`, and
+        `data` (facts about the text).
 
     Raises:
         ArgumentsError: Arguments are wrong, or name no text.

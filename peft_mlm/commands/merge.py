@@ -29,7 +29,7 @@ def merge(
 
     Returns:
         `output_dir`, `bytes`, and what the comparison with base + adapter gave: `max_abs_logit_diff`,
-        `max_abs_logit`, `top1_agreement`, `positions`, `tied`, `dtype`.
+        `max_abs_logit_diff_as_run`, `max_abs_logit`, `top1_agreement`, `positions`, `tied`, `dtype`, `compared_in`.
 
     Raises:
         AdapterError: There is no adapter, or it does not fit.
