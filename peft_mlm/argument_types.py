@@ -180,7 +180,8 @@ def convert(value: Any, kind: ArgumentType) -> Any:
         ValueError: It is not, and does not read as, what the type allows. The message starts with the value.
     """
     value = _plain(value)
-    if kind.unknown and not (kind.none and (value is None or value in ("none", "null"))):
+    nothing = value is None or (isinstance(value, str) and value.strip().lower() in NONE_WORDS)
+    if kind.unknown and not (kind.none and nothing):
         raise ValueError(f"{show(value)} cannot be used: a {kind.unknown} cannot be written as an argument")
     if value is None:
         if not kind.none:

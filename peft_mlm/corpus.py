@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_mlm.arguments import DataTrainingArguments
 from peft_mlm.data import TextData
-from peft_mlm.model import resolve_max_seq_length
 from peft_mlm.packing import make_rows
+from peft_mlm.positions import resolve_max_seq_length
 from peft_mlm.tokenization import describe_tokens, special_token_frame, text_separator, tokenize
 
 # Above this share of unknown tokens the tokenizer does not know the language of the text.

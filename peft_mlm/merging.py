@@ -12,7 +12,8 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokeni
 
 from peft_mlm.errors import MergeError
 from peft_mlm.heads import tied_parameters
-from peft_mlm.model import position_limit, quiet_transformers
+from peft_mlm.model import quiet_transformers
+from peft_mlm.positions import position_limit
 from peft_mlm.run_folder import staged, write_json
 
 PROBE_ROWS, PROBE_LENGTH = 16, 64

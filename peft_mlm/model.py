@@ -24,12 +24,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.errors import ModelError
 
-# run_mlm's limit for models that hold more: longer rows cost memory that a consumer GPU does not have.
-DEFAULT_MAX_SEQ_LENGTH = 1024
 NAMES_SHOWN = 8
 
 
@@ -78,8 +78,9 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
     if arguments.model_name_or_path is None:
         return _build_from_scratch(arguments)
     name = arguments.model_name_or_path
-    tokenizer = load_tokenizer(arguments)
     config = _load_config(name, arguments)
+    revision = _hub_commit(name, arguments)
+    tokenizer = load_tokenizer(arguments)
     model, loading = _load_weights(name, config, arguments)
     missing = sorted(set(loading["missing_keys"]))
     encoder_missing, fresh = _split_missing(model, missing)
@@ -93,7 +94,7 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
         model=model.eval(),
         tokenizer=tokenizer,
         name_or_path=name,
-        revision=getattr(config, "_commit_hash", None),
+        revision=revision,
         fresh_parameters=tuple(fresh),
         unused_weights=tuple(sorted(set(loading["unexpected_keys"]))),
         tokenizer_changed=arguments.tokenizer_name not in (None, name),
@@ -177,55 +178,6 @@ def fit_vocabulary(base: Base, *, may_grow: bool) -> Base:
     return replace(base, new_token_ids=tuple(range(rows, needed)), notices=(*base.notices, notice))
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
-    """Count the positions that a model holds, special tokens included.
-
-    RoBERTa-like models number positions from `padding_idx + 1`, so that a table of 514 rows holds 512 tokens; others
-    have a table with spare rows. Models with rotary or relative positions hold what their config says.
-
-    Args:
-        model: The masked LM.
-
-    Returns:
-        The largest row length, or None where neither a table nor the config sets one.
-    """
-    limits = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
-            padding_idx = module.padding_idx
-            limits.append(module.num_embeddings - (0 if padding_idx is None else padding_idx + 1))
-    stated = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(stated, int) and stated > 0:
-        limits.append(stated)
-    return min(limits, default=None)
-
-
-def resolve_max_seq_length(
-    requested: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, str | None]:
-    """Choose the row length.
-
-    Args:
-        requested: What the user asks for, in tokens, or None.
-        model: The masked LM; its positions are the limit.
-        tokenizer: Its `model_max_length` is the limit where the model sets none.
-
-    Returns:
-        The row length in tokens (special tokens included), and a sentence for the user if it is not what was asked.
-    """
-    held = position_limit(model)
-    stated = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
-    if requested is not None:
-        if held is not None and requested > held:
-            return held, f"max_seq_length {requested} is more than the model's {held} positions: {held} is used."
-        return requested, None
-    limit = min(x for x in (held, stated, DEFAULT_MAX_SEQ_LENGTH) if x is not None)
-    notice = None
-    if limit == DEFAULT_MAX_SEQ_LENGTH and (held is None or held > limit):
-        notice = f"max_seq_length is {limit}; the model would hold {held or 'more'}: set it to use longer rows."
-    return limit, notice
-
-
 def published_name(name_or_path: str | None) -> str | None:
     """Give the name of a base that may stand in a shipped file: a hub name as it is, of a local path the last part.
 
@@ -304,6 +256,15 @@ def _check_model_type(model_type: str, name: str, arguments: ModelArguments) -> 
             f"{name} is of the type {model_type}, which transformers has no masked language model for. "
             f"Types with one: {', '.join(sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES))}."
         )
+
+
+def _hub_commit(name: str, arguments: ModelArguments) -> str | None:
+    """Give the commit that a name on the hub stood for; None for a folder."""
+    if Path(name).expanduser().exists():
+        return None
+    revision, options = arguments.model_revision, {"cache_dir": arguments.cache_dir, "token": arguments.token}
+    file = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False, **options)
+    return extract_commit_hash(file, None)
 
 
 def _load_weights(

@@ -8,6 +8,7 @@ import pytest
 # The tests never go to the network; those of the hub start a server of their own, in a process of its own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

@@ -93,6 +93,7 @@ def test_converting_twice_is_converting_once(annotation, text):
         ("str", Path("a/b"), "a/b"),
         ("str | None", "None", None),
         ("str | None", "null", None),
+        ("ParallelismConfig | None", "None", None),
         ("list[str] | None", "query", ["query"]),
         ("list[str] | None", "query, value", ["query", "value"]),
         ("list[str] | None", "query,value,", ["query", "value"]),

@@ -14,11 +14,10 @@ from peft_mlm.merging import is_tied
 from peft_mlm.model import (
     load_base,
     load_tokenizer,
-    position_limit,
     published_name,
-    resolve_max_seq_length,
     vocabulary_size,
 )
+from peft_mlm.positions import position_limit, resolve_max_seq_length
 from tests.tiny import MODEL_TYPES, SIZES, letter_tokenizer, save_base, save_encoder, tiny_model
 
 

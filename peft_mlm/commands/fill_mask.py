@@ -64,7 +64,7 @@ def predict(loaded: Loaded, text: str, top_k: int) -> dict[str, Any]:
     """
     import torch
 
-    from peft_mlm.model import position_limit
+    from peft_mlm.positions import position_limit
 
     tokenizer, model = loaded.tokenizer, loaded.model
     own = tokenizer.mask_token

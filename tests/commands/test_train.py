@@ -202,7 +202,7 @@ import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForMaskedLM
 torch.manual_seed(int.from_bytes(sys.argv[3].encode(), "little") % 1000)
-model = PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
+model = PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval().double()
 ids = torch.tensor([[int(i) for i in sys.argv[3].split(",")]])
 torch.save(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.detach(), sys.argv[4])
 """
@@ -241,9 +241,9 @@ def test_antiberty_learns_mouse_and_reloads_and_merges_exactly(antiberty: Path, 
     assert result.metrics["adapted"]["loss"] < result.metrics["base"]["loss"]
     assert result.metrics["adapter_bytes"] < 2_500_000
     ids = torch.arange(4, 25).unsqueeze(0)
-    trained = result.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    trained = result.model.double()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     plain = plain_peft_logits(antiberty, tmp_path / "run" / "adapter", ids, tmp_path)
-    assert (plain - trained).abs().max().item() < 1e-5
+    assert (plain - trained).abs().max().item() < 1e-9
     report = peft_mlm.merge(str(tmp_path / "run"), tmp_path / "merged")
     assert report["max_abs_logit_diff"] < 1e-5
     assert report["tied"] is True
@@ -277,9 +277,9 @@ def test_minilm_without_a_head_learns_one_and_ships_it(
     assert result.metrics["base"]["accuracy"] < 0.05
     assert result.metrics["adapted"]["perplexity"] < result.metrics["base"]["perplexity"] / 50
     ids = torch.tensor([[101, 1996, 2944, 103, 1037, 5216, 102]])
-    trained = result.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    trained = result.model.double()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     plain = plain_peft_logits(minilm_folder, tmp_path / "run" / "adapter", ids, tmp_path)
-    assert (plain - trained).abs().max().item() < 1e-5
+    assert (plain - trained).abs().max().item() < 1e-9
     report = peft_mlm.merge(str(tmp_path / "run"), tmp_path / "merged")
     assert report["max_abs_logit_diff"] < 1e-5
     with pytest.raises(ModelError, match="no masked LM head of its own"):
