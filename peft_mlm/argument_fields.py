@@ -34,11 +34,6 @@ TITLES: dict[Group, str] = {
 
 # What the declared type leaves open or says too narrowly, and why.
 TYPES_BY_NAME: dict[str, str] = {
-    # The values that adapter.py knows how to hand on.
-    "init_lora_weights": 'Literal["true", "gaussian", "orthogonal"]',
-    # PEFT takes whole ranks; alphas may be any number.
-    "rank_pattern": "dict[str, int] | None",
-    "alpha_pattern": "dict[str, float] | None",
     # "true" stands for the newest checkpoint of the run.
     "resume_from_checkpoint": "bool | str | None",
     # Declared `str | bool`; Trainer compares it with these words.

@@ -225,7 +225,7 @@ def _check_ranges(values: Mapping[str, Any]) -> list[str]:
         if 1 < steps < math.inf and not float(steps).is_integer():
             faults.append(f"{name} is {steps:g}: it must be a whole number, or below 1 as a share of all steps.")
     total = values["mask_replace_prob"] + values["random_replace_prob"]
-    if total > 1 + 1e-9:
+    if total > 1:
         faults.append(
             f"mask_replace_prob and random_replace_prob are {values['mask_replace_prob']:g} and "
             f"{values['random_replace_prob']:g}: together they must be at most 1."
@@ -353,7 +353,7 @@ def _check_best(values: Mapping[str, Any]) -> list[str]:
     if by != "steps" or not steps or not every or not (math.isfinite(steps) and math.isfinite(every)):
         return []
     times = steps / every
-    if (steps < 1) != (every < 1) or abs(times - round(times)) > 1e-6 or round(times) < 1:
+    if (steps < 1) != (every < 1) or abs(times - round(times)) > 1e-6:
         return [
             f"load_best_model_at_end needs save_steps to be a multiple of eval_steps, but they are {steps:g} and "
             f"{every:g}: {remedy}"

@@ -8,10 +8,12 @@ This module imports nothing heavy: `--help` reads it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 Rows = Literal["chunked", "line", "run_mlm"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+# Ways to start that leave the base as it is and need no data.
+Initialisation = Literal["true", "gaussian", "orthogonal"]
 
 
 @dataclass
@@ -86,7 +88,9 @@ class DataTrainingArguments:
         metadata={"help": "Per cent of the training texts, drawn at random, to evaluate on when no other are given."},
     )
     validation_split_seed: int = field(default=42, metadata={"help": "Seed of that draw."})
-    streaming: bool = field(default=False, metadata={"help": "Read the data set as a stream (needs max_steps)."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Refused: the text is memory-mapped, so that it need not fit into memory."}
+    )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again although a cached result exists."})
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that tokenise; one if not given."}
@@ -150,16 +154,16 @@ class PEFTArguments:
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) (rsLoRA)."})
     use_dora: bool = field(default=False, metadata={"help": "Learn magnitude and direction apart (DoRA)."})
-    init_lora_weights: str = field(
+    init_lora_weights: Initialisation = field(
         default="true",
         metadata={"help": "How the adapter's matrices start: true (no change to the base), gaussian, orthogonal."},
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Names of modules to train in full and ship with the adapter."}
     )
-    rank_pattern: dict[str, Any] | None = field(
+    rank_pattern: dict[str, int] | None = field(
         default=None, metadata={"help": 'Other ranks by layer name, such as {"query": 16}.'}
     )
-    alpha_pattern: dict[str, Any] | None = field(
+    alpha_pattern: dict[str, float] | None = field(
         default=None, metadata={"help": 'Other values of lora_alpha by layer name, such as {"query": 32}.'}
     )

@@ -32,7 +32,7 @@ from peft_mlm.errors import ArgumentsError
 from peft_mlm.renamed_arguments import OLD_ARGUMENTS, Dropped, OldArgument, Refused, Renamed, Translated
 from peft_mlm.run_folder import write_json, write_text
 
-SECRETS = ("token", "hub_token")
+SECRETS = ("token", "hub_token", "use_auth_token")
 _ANY_NUMBER_OF_WORDS = ArgumentType(none=True, boolean=True, anything=True)
 
 
@@ -206,7 +206,7 @@ def _translate(name: str, value: Any, written: str, found: _Findings) -> Mapping
     try:
         read = convert(value, parse_type(old.type))
     except ValueError as error:
-        raise ValueError(f"{written}: {error}.") from None
+        raise ValueError(f"{written}: {error if name not in SECRETS else 'the value is not text'}.") from None
     pairs = old.function(read)
     if isinstance(pairs, str):
         raise ValueError(f"{written} cannot be used. {pairs}")

@@ -45,6 +45,14 @@ def test_the_choices_of_the_training_fields_are_those_of_transformers():
     assert set(fields["log_level_replica"].choices) == set(training_args.trainer_log_levels)
 
 
+def test_flags_that_transformers_lets_stand_alone_may_be_booleans():
+    from transformers import TrainingArguments
+
+    alone = {field.name for field in dataclasses.fields(TrainingArguments) if field.metadata.get("const") is True}
+    assert "fsdp" in alone
+    assert all(argument_fields()[name].type.boolean for name in alone)
+
+
 def test_our_own_fields_equal_those_of_the_dataclasses():
     for group, cls in OWN_GROUPS.items():
         read = {name: field.default for name, field in argument_fields().items() if field.group == group}

@@ -183,8 +183,9 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
-    (tmp_path / "a.yaml").write_text("a: b\n", encoding="utf-8-sig")
-    assert read_file(tmp_path / "a.yaml") == {"a": "b"}
+    for name, text in (("a.yaml", "a: b\n"), ("a.json", '{"a": "b"}')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert read_file(tmp_path / name) == {"a": "b"}
 
 
 def test_groups_are_lifted():

@@ -116,8 +116,10 @@ def test_tokens_are_neither_written_nor_shown(tmp_path):
     write_sources(arguments, tmp_path / "s.json")
     written = (tmp_path / "a.yaml").read_text() + (tmp_path / "s.json").read_text() + str(arguments.notices)
     assert "hf_secret" not in written
-    told = faults(values=BASE | {"token": ["hf_secret1"], "hub_token": {"a": "hf_secret2"}})
-    assert len(told) == 2
+    told = faults(
+        values=BASE | {"token": ["hf_secret1"], "hub_token": {"a": "hf_secret2"}, "use_auth_token": ["hf_secret3"]}
+    )
+    assert len(told) == 3
     assert "hf_secret" not in str(told)
 
 
@@ -210,6 +212,10 @@ def test_a_shortened_or_mistyped_name_is_refused_with_the_nearest_one(spelling):
 def test_a_name_at_fault_is_not_missed_as_well():
     (fault,) = faults(values={"model_name_or_pth": "base", "train_file": "a.txt", "output_dir": "out"})
     assert "model_name_or_path" in fault
+    (fault,) = faults(flags=[*as_words(BASE)[:2], "--output_dir"])
+    assert fault == "--output_dir needs a value."
+    (fault,) = faults(values=BASE | {"use_lora": "perhaps", "lora_r": 8})
+    assert fault == "use_lora: 'perhaps' is not true or false."
 
 
 def test_every_example_of_a_bad_dict_is_an_arguments_error():
