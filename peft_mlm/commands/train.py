@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,8 @@ def run_training(arguments: Arguments) -> TrainResult:
     run = RunFolder(Path(arguments.training["output_dir"]).expanduser())
     resume = arguments.training.get("resume_from_checkpoint")
     resume = None if resume in (None, False, "false") else str(resume)
-    check_output_dir(run.path, resume=resume is not None)
+    if _is_first_process():  # the others would see what it has begun to write
+        check_output_dir(run.path, resume=resume is not None)
     checkpoint = None if resume is None else find_checkpoint(run, resume)
     prepared = prepare(arguments, run)
     summary = _describe_run(prepared)
@@ -114,9 +116,10 @@ def run_training(arguments: Arguments) -> TrainResult:
         _save(prepared, summary)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        write_json(run.summary, {**summary, "status": status, "error": f"{type(error).__name__}: {error}"[:500]})
+        if _is_first_process():
+            write_json(run.summary, {**summary, "status": status, "error": f"{type(error).__name__}: {error}"[:500]})
         if status == "interrupted":
-            logger.info("interrupted; go on with: peft-mlm train %s --resume_from_checkpoint true", run.arguments)
+            _tell([f"interrupted; go on with: peft-mlm train {run.arguments} --resume_from_checkpoint true"])
         raise
     return TrainResult(run.path, {**summary}, prepared.model.eval(), prepared.base.tokenizer)
 
@@ -138,18 +141,20 @@ def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
     from peft_mlm.model import load_base
     from peft_mlm.trainer import build_training_arguments
 
-    for notice in arguments.notices:
-        logger.info(notice)
+    _tell(arguments.notices)
     training = build_training_arguments(arguments.training, run.checkpoints)
     evaluates = arguments.training.get("do_eval") is not False
     splits = ("train", "validation") if evaluates else ("train",)
-    text = load_text(arguments.data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=splits)
-    set_seed(training.seed)
-    base = load_base(_with_adapter_tokenizer(arguments))
-    corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
+    model_arguments = _with_adapter_tokenizer(arguments)
+    with training.main_process_first(desc="reading text"):  # one process fills the caches, the others find them
+        text = load_text(
+            arguments.data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=splits
+        )
+        set_seed(training.seed)
+        base = load_base(model_arguments)
+        corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
     model, plan = _adapt(base, arguments)
-    for notice in (*base.notices, *corpus.notices, *(plan.notices if plan else ())):
-        logger.info(notice)
+    _tell((*base.notices, *corpus.notices, *(plan.notices if plan else ())))
     trainer = _build_trainer(arguments, run, base, model, corpus, training)
     return Prepared(arguments, run, base, model, plan, corpus, trainer, evaluates)
 
@@ -186,6 +191,17 @@ def help_text() -> str:
         "Train an adapter (--use_lora) or the whole model. Flags override the file.\n"
     )
     return usage + "\n" + describe_help(("model", "data", "peft", "training"))
+
+
+def _is_first_process() -> bool:
+    """Tell whether this is the process that writes and speaks (torchrun and accelerate number them in RANK)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _tell(notices: Iterable[str]) -> None:
+    if _is_first_process():
+        for notice in notices:
+            logger.info(notice)
 
 
 def _with_whole_paths(arguments: Arguments) -> Arguments:
@@ -321,7 +337,7 @@ def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str,
 
     before = measure("base model")
     if before is not None:
-        logger.info("base model: perplexity %.3f, masked accuracy %.4f", before["perplexity"], before["accuracy"])
+        _tell([f"base model: perplexity {before['perplexity']:.3f}, masked accuracy {before['accuracy']:.4f}"])
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return {
         "base": before,
