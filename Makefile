@@ -2,14 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-UV := $(shell command -v uv 2>/dev/null || echo $(PYTHON) -m uv)
+# uv from PATH; else one that pip puts into .uv, so that nothing outside this folder changes
+UV := $(shell command -v uv 2>/dev/null || echo PYTHONPATH=.uv $(PYTHON) -m uv)
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 .uv:
-	@command -v uv >/dev/null 2>&1 || $(PYTHON) -m uv --version >/dev/null 2>&1 \
-	  || $(PYTHON) -m pip install --quiet uv || $(PYTHON) -m pip install --quiet --user --break-system-packages uv
+	@command -v uv >/dev/null 2>&1 || test -d .uv/uv || $(PYTHON) -m pip install --quiet --target .uv uv
 
 $(BIN)/python: | .uv
 	$(UV) venv --quiet --python $(PYTHON) $(VENV)
@@ -42,4 +42,4 @@ lock: | .uv ## Pin the newest versions that pyproject.toml allows
 	$(UV) pip compile --upgrade --universal --python-version 3.11 --no-header --no-annotate --quiet pyproject.toml -o requirements.lock
 	$(UV) pip compile --upgrade --universal --python-version 3.11 --no-header --no-annotate --quiet pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 
-.PHONY: help .uv install demo test quality lock
+.PHONY: help install demo test quality lock
