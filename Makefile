@@ -36,7 +36,7 @@ quality: $(VENV)/.installed-dev ## Lint, format check, types, layers, docstrings
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pydoclint --style=google --arg-type-hints-in-docstring=False --check-return-types=False peft_mlm
+	$(BIN)/pydoclint --quiet peft_mlm
 
 lock: | .uv ## Pin the newest versions that pyproject.toml allows
 	$(UV) pip compile --upgrade --universal --python-version 3.11 --no-header --no-annotate --quiet pyproject.toml -o requirements.lock

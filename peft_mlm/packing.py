@@ -222,6 +222,11 @@ def _cut(stream: Ids, is_content: Flags, capacity: int) -> tuple[list[Ids], int]
     Two separators never follow each other, so that one look at each edge is enough. A piece that ends with a separator
     is one token short: to fill it with the next text's first token would join two texts without a separator.
 
+    Args:
+        stream: Tokens of texts with separators between them.
+        is_content: Which of these are no separators.
+        capacity: Tokens per piece.
+
     Returns:
         The pieces (views), and how much of the stream they use up.
     """
@@ -280,6 +285,12 @@ def _frame(content: Ids, lengths: Lengths, prefix: list[int], suffix: list[int])
         >>> values, offsets, is_content = _frame(np.array([1, 2, 3], np.int32), np.array([2, 1]), [8], [9])
         >>> values.tolist(), offsets.tolist()
         ([8, 1, 2, 9, 8, 3, 9], [0, 4, 7])
+
+    Args:
+        content: Tokens of the sequences.
+        lengths: Tokens per sequence.
+        prefix: Special tokens before each.
+        suffix: Special tokens after each.
 
     Returns:
         The framed sequences end to end, where each starts (and, last, where all end), and which of the values are

@@ -111,9 +111,9 @@ class MaskedLMTrainer(Trainer):
     Args:
         eval_collator: Makes evaluation batches, with fixed masks.
         save: Writes the model (or its adapter) into a folder.
-        early_stopping: Patience in evaluations and threshold, or None.
         run: The run folder whose metrics.jsonl gets every log.
-        options: Trainer's own arguments; `data_collator` makes the training batches.
+        early_stopping: Patience in evaluations and threshold, or None.
+        **options: Trainer's own arguments; `data_collator` makes the training batches.
     """
 
     def __init__(
