@@ -31,6 +31,9 @@ demo: $(VENV)/.installed ## Train, measure, merge: a real antibody model learns 
 test: $(VENV)/.installed-dev ## Run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+bench: $(VENV)/.installed-dev ## Time training and preprocessing against run_mlm + peft (5 minutes)
+	$(BIN)/python benchmarks/against_run_mlm.py
+
 quality: $(VENV)/.installed-dev ## Lint, format check, types, layers, docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +45,4 @@ lock: | .uv ## Pin the newest versions that pyproject.toml allows
 	$(UV) pip compile --upgrade --universal --python-version 3.11 --no-header --no-annotate --quiet pyproject.toml -o requirements.lock
 	$(UV) pip compile --upgrade --universal --python-version 3.11 --no-header --no-annotate --quiet pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 
-.PHONY: help install demo test quality lock
+.PHONY: help install demo test bench quality lock
