@@ -1,8 +1,8 @@
 """Training and preprocessing, ours against what people run today, in turn (A B A B) in one process.
 
 The baseline is written on the libraries' own parts: run_mlm's preprocessing, DataCollatorForLanguageModeling, Trainer
-and get_peft_model. Text, model, adapter, batch size and steps are the same. The model is the MiniLM encoder from the test
-environment; the text is made here, with the word frequencies of real text.
+and get_peft_model. Text, model, adapter, batch size and steps are the same. The model is the MiniLM encoder from the
+test environment; the text is made here, with the word frequencies of real text.
 
     .venv/bin/python benchmarks/against_run_mlm.py [--steps 20] [--pairs 3]
 """

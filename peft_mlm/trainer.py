@@ -31,6 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import is_liger_kernel_available
 
 from peft_mlm.adapter import save_adapter
 from peft_mlm.errors import ArgumentsError
@@ -114,6 +115,9 @@ class MaskedLMTrainer(Trainer):
         run: The run folder whose metrics.jsonl gets every log.
         early_stopping: Patience in evaluations and threshold, or None.
         **options: Trainer's own arguments; `data_collator` makes the training batches.
+
+    Raises:
+        ArgumentsError: An argument needs a package that is not installed.
     """
 
     def __init__(
@@ -125,7 +129,14 @@ class MaskedLMTrainer(Trainer):
         early_stopping: tuple[int, float] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        try:
+            if options["args"].use_liger_kernel and not is_liger_kernel_available():
+                raise ImportError("use_liger_kernel needs liger-kernel: pip install liger-kernel")
+            super().__init__(**options)
+            self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        except (ImportError, ValueError, RuntimeError) as error:
+            # a package that --report_to, --optim or --use_liger_kernel needs is missing
+            raise ArgumentsError(f"transformers refuses these training arguments: {error}") from error
         self.eval_collator = eval_collator
         self.save_into = save
         # Trainer then counts the masked tokens of all micro-batches of a step, which `compute_loss` divides by.

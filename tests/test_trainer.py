@@ -246,6 +246,14 @@ def test_transformers_own_refusals_are_arguments_errors(tmp_path: Path) -> None:
         build_training_arguments({"optim": "no_such_optimizer"}, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"optim": "galore_adamw"}, {"use_liger_kernel": True}, {"report_to": "tensorboard"}]
+)
+def test_a_package_that_an_argument_needs_is_named_before_training(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ArgumentsError, match="install"):
+        make_trainer(tmp_path, adapted(), letter_rows(4), **settings)
+
+
 def test_perplexity_as_the_metric_of_the_best_model_counts_down(tmp_path: Path) -> None:
     settings = {"metric_for_best_model": "perplexity", "load_best_model_at_end": True, "eval_strategy": "steps"}
     assert build_training_arguments({**settings, "eval_steps": 500}, tmp_path).greater_is_better is False
