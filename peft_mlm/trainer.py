@@ -101,6 +101,18 @@ def scores_of(
     return evaluate_masked_lm(model, bar, device=arguments.device, autocast=_autocast(arguments))
 
 
+def device_name(device: torch.device) -> str:
+    """Name a device as a record of results should.
+
+    Args:
+        device: Where a model runs.
+
+    Returns:
+        Such as "cpu", or "cuda:0 (NVIDIA GeForce RTX 3060)".
+    """
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
 def show_progress(arguments: TrainingArguments) -> bool:
     """Tell whether progress bars are shown: on a terminal, in the first process."""
     return sys.stderr.isatty() and arguments.process_index == 0

@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_serve_gives_one_sentence(case: str, said: str, tmp
 
 
 def test_an_unknown_hub_name_gives_one_sentence() -> None:
-    with pytest.raises(ModelError, match="Cannot load the tokenizer nobody/nothing on the hub or in the cache"):
+    with pytest.raises(ModelError, match="Cannot load the model nobody/nothing on the hub or in the cache"):
         load_base(ModelArguments(model_name_or_path="nobody/nothing"))
 
 

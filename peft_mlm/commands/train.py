@@ -297,6 +297,8 @@ def _build_trainer(
 
 def _write_start(prepared: Prepared, checkpoint: Path | None) -> None:
     """Write what is known before the first step."""
+    from peft_mlm.trainer import device_name
+
     run, trainer = prepared.run, prepared.trainer
     if not trainer.args.should_save:
         return
@@ -306,7 +308,7 @@ def _write_start(prepared: Prepared, checkpoint: Path | None) -> None:
         write_sources(prepared.arguments, run.sources)
     else:
         cut_metrics(run.metrics, read_json(checkpoint / "trainer_state.json")["global_step"])
-    write_json(run.environment, describe_environment(str(trainer.args.device)))
+    write_json(run.environment, describe_environment(device_name(trainer.args.device)))
     write_json(run.dataset, prepared.corpus.facts)
     write_json(run.summary, {**_describe_run(prepared), "status": "running"})
 
