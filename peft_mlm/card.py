@@ -13,7 +13,7 @@ def render_card(facts: Mapping[str, Any]) -> str:
         facts: `kind` ("adapter" or "model"), `base_model` (a hub name, or the last part of a local path, or None),
             `base_on_hub` (bool), `method`, `targets`, `trained_modules`, `trainable_parameters`, `total_parameters`,
             `data` (one line), `rows`, `steps`, `max_seq_length`, `mlm_probability`, `base` and `adapted` (records with
-            perplexity, accuracy, masked_tokens; or None), `versions`.
+            perplexity, accuracy, masked_tokens; or None), `new_tokens` (how many were added), `versions`.
 
     Returns:
         Markdown with the hub's metadata on top; no local path and no token in it.
@@ -62,23 +62,25 @@ def _figures(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _use(facts: Mapping[str, Any]) -> list[str]:
-    base = facts["base_model"] or "BASE"
+    base, lines = facts["base_model"], ["", "## Use", ""]
     if facts["kind"] == "model":
         code = ["from transformers import pipeline", "", 'fill = pipeline("fill-mask", model="THIS_FOLDER")']
+    elif facts["new_tokens"]:
+        lines += [
+            f"It adds {facts['new_tokens']} tokens, with which PEFT alone would leave out the decoder's bias.",
+            "",
+        ]
+        given = "" if facts["base_on_hub"] else f', base="{base}"'
+        code = ["import peft_mlm", "", f'model = peft_mlm.load("THIS_FOLDER"{given}).model']
     else:
         code = [
             "from peft import PeftModel",
             "from transformers import AutoModelForMaskedLM",
             "",
             f'base = AutoModelForMaskedLM.from_pretrained("{base}")',
-            *(
-                [f"base.resize_token_embeddings({facts['vocabulary']}, mean_resizing=False)"]
-                if facts.get("new_tokens")
-                else []
-            ),
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()',
         ]
-    lines = ["", "## Use", "", "```python", *code, "```", ""]
+    lines += ["```python", *code, "```", ""]
     if facts["kind"] == "adapter":
         lines += ['Or `peft-mlm fill-mask THIS_FOLDER "..."`, `peft-mlm merge THIS_FOLDER --output_dir merged`.', ""]
     return lines

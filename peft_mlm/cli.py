@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft_mlm import __version__
@@ -37,19 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for a user's mistake, 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0 if words else USER_ERROR
+    if not words:
+        print(overview(), file=sys.stderr)
+        return USER_ERROR
+    if words[0] in ("-h", "--help", "help"):
+        return _print(overview())
     if words[0] in ("-V", "--version"):
-        print(f"peft-mlm {__version__}")
-        return 0
+        return _print(f"peft-mlm {__version__}")
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}. Commands: {', '.join(COMMANDS)}.")
     command = importlib.import_module(f"peft_mlm.commands.{COMMANDS[name][0]}")
     if "-h" in rest or "--help" in rest:
-        print(command.help_text())
-        return 0
+        return _print(command.help_text())
     as_json = "--json" in rest
     return _run(command, [word for word in rest if word != "--json"], as_json=as_json)
 
@@ -85,10 +85,27 @@ def _run(command: Any, arguments: list[str], *, as_json: bool) -> int:
         if as_json:
             from peft_mlm.run_folder import finite
 
-            print(json.dumps(finite(record), ensure_ascii=False))
-        else:
+            return _print(json.dumps(finite(record), ensure_ascii=False))
+        with _reader_may_leave():
             command.show(record)
     return 0
+
+
+def _print(text: str) -> int:
+    with _reader_may_leave():
+        print(text)
+    return 0
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Let the reader of a pipe (`| head`) leave when it has seen enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends: what is left goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

@@ -5,15 +5,67 @@ Nothing here runs on import, and nothing heavy is imported.
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
+
+from peft_mlm.errors import ArgumentsError
 
 # Loggers of libraries that speak at the warning level about things that are no news to a user.
 CHATTY = ("transformers", "datasets", "accelerate", "bitsandbytes", "peft", "torch", "huggingface_hub", "httpx")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse whose complaints are our errors, so that they too end in one message and exit code 2.
+
+    Args:
+        command: Name of the command.
+        description: What it does, for its help text; None for a few arguments among others.
+    """
+
+    def __init__(self, command: str, description: str | None = None) -> None:
+        super().__init__(
+            f"peft-mlm {command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print.
+
+        Args:
+            message: Its complaint.
+
+        Raises:
+            ArgumentsError: Always.
+        """
+        raise ArgumentsError(f"{message}. {self.prog} --help lists the arguments.")
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """Read the words of a command line.
+
+        Args:
+            words: Words after the command's name.
+
+        Returns:
+            The values by name.
+
+        Raises:
+            ArgumentsError: A word is unknown, missing or wrong; an unknown flag with the nearest real one.
+        """
+        given, left = self.parse_known_intermixed_args(words)  # flags may stand between the others
+        if left:
+            near = difflib.get_close_matches(left[0].partition("=")[0], re.findall(r"--\w+", self.format_usage()), n=1)
+            self.error(f"{left[0]}: there is no such argument" + (f"; nearest: {near[0]}" if near else ""))
+        return given
 
 
 def quiet_libraries() -> None:
@@ -21,7 +73,9 @@ def quiet_libraries() -> None:
 
     What of it matters, peft_mlm finds out itself and says with a remedy.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Read when these libraries are imported, which sets their loggers anew.
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Threads that wait for work would otherwise spin: with other work on the same cores that costs most of the time

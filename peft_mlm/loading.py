@@ -1,7 +1,7 @@
 """What a user points at (a run folder, an adapter, a model) -> model and tokenizer, ready to use.
 
-A run folder knows its base; an adapter knows its base's hub name. The base's vocabulary is made as long as the
-adapter's before the adapter is put on.
+A run folder knows its base; an adapter knows its base's hub name. What lies in a run folder (adapter, checkpoints, a
+merged model) belongs to that run. The base's vocabulary is made as long as the adapter's before the adapter is put on.
 """
 
 from __future__ import annotations
@@ -70,14 +70,15 @@ def resolve_target(name_or_path: str, *, base: str | None = None, part: Part = "
 
     Raises:
         AdapterError: The adapter does not name its base, and none is given.
-        ModelError: There is nothing at that name, or a run has not saved anything yet.
+        ModelError: A run has not saved anything yet, or another base (or the base alone) is asked for where there is
+            only a whole model.
     """
     path = Path(name_or_path).expanduser()
     if is_run_folder(path):
         return _resolve_run(path, base, part)
     folder = _locate_adapter(name_or_path)
     if folder is None:
-        return Target("model", ModelArguments(model_name_or_path=name_or_path), None, None, None)
+        return _resolve_model(name_or_path, base, part)
     return _resolve_adapter(folder, base, part)
 
 
@@ -114,7 +115,8 @@ def load_target(target: Target) -> Loaded:
         AdapterError: The adapter does not fit.
     """
     if target.adapter is None:
-        base = load_base(target.base, may_grow=False)
+        # Rows added for a run's own tokenizer start the same each time: the base is the one that the run measured.
+        base = _load_base(target, target.base, may_grow=target.base.tokenizer_name is not None)
         if base.fresh_parameters:
             raise ModelError(
                 f"{base.name_or_path} has no masked LM head of its own ({', '.join(base.fresh_parameters)} are not in "
@@ -124,7 +126,7 @@ def load_target(target: Target) -> Loaded:
     check_adapter_folder(target.adapter)
     with_tokenizer = (target.adapter / "tokenizer_config.json").is_file()
     arguments = replace(target.base, tokenizer_name=str(target.adapter)) if with_tokenizer else target.base
-    base = load_base(arguments, may_grow=with_tokenizer)
+    base = _load_base(target, arguments, may_grow=with_tokenizer)
     adapted = load_adapter(base.model, target.adapter).eval()
     return Loaded(adapted, base.tokenizer, base)
 
@@ -142,14 +144,27 @@ def load(name_or_path: str, *, base: str | None = None) -> Loaded:
     return load_target(resolve_target(name_or_path, base=base))
 
 
+def _load_base(target: Target, arguments: ModelArguments, *, may_grow: bool) -> Base:
+    name = arguments.model_name_or_path
+    if name is not None and name.startswith("~"):
+        name = str(Path(name).expanduser())
+    try:
+        return load_base(replace(arguments, model_name_or_path=name), may_grow=may_grow)
+    except ModelError as error:
+        if target.kind == "model" or (name is not None and Path(name).exists()):
+            raise
+        recorded = f"{name} is the base that the {target.kind} names; if it lies elsewhere, say where by --base."
+        raise ModelError(f"{error} {recorded}") from error
+
+
 def _resolve_run(path: Path, base: str | None, part: Part) -> Target:
     run, arguments = RunFolder(path), read_arguments(RunFolder(path).arguments, for_training=False)
-    model_arguments = _with_base(arguments.model, base)
     if part == "base":
-        return Target("run", model_arguments, None, arguments, path)
+        return Target("run", _base_of_run(path, arguments, base), None, arguments, path)
     if (run.adapter / ADAPTER_CONFIG).is_file():
-        return Target("run", model_arguments, run.adapter, arguments, path)
+        return Target("run", _with_base(arguments.model, base), run.adapter, arguments, path)
     if (run.model / "config.json").is_file():
+        _refuse_base(path, base)
         return Target("run", ModelArguments(model_name_or_path=str(run.model)), None, arguments, path)
     raise ModelError(
         f"The run {path} has saved neither adapter nor model yet. Let it finish, or give one of its checkpoints."
@@ -159,11 +174,10 @@ def _resolve_run(path: Path, base: str | None, part: Part) -> Target:
 def _resolve_adapter(folder: Path, base: str | None, part: Part) -> Target:
     config = check_adapter_folder(folder)
     adapter = None if part == "base" else folder
-    # RUN/adapter, or RUN/checkpoints/checkpoint-N
-    for path in (folder.resolve().parent, folder.resolve().parent.parent):
-        if is_run_folder(path):
-            arguments = read_arguments(RunFolder(path).arguments, for_training=False)
-            return Target("adapter", _with_base(arguments.model, base), adapter, arguments, path)
+    run = _run_around(folder)
+    if run is not None:
+        arguments = read_arguments(RunFolder(run).arguments, for_training=False)
+        return Target("adapter", _with_base(arguments.model, base), adapter, arguments, run)
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise AdapterError(f"The adapter {folder} does not name its base model. Give it with --base.")
@@ -171,6 +185,38 @@ def _resolve_adapter(folder: Path, base: str | None, part: Part) -> Target:
     return Target(
         "adapter", ModelArguments(model_name_or_path=name, model_revision=revision or "main"), adapter, None, None
     )
+
+
+def _resolve_model(name_or_path: str, base: str | None, part: Part) -> Target:
+    path = Path(name_or_path).expanduser()
+    run = _run_around(path) if path.exists() else None
+    if run is None:
+        if part == "base":
+            raise ModelError(f"{name_or_path} is a model without adapter: the base itself. Leave --use_base out.")
+        _refuse_base(name_or_path, base)
+        return Target("model", ModelArguments(model_name_or_path=name_or_path), None, None, None)
+    arguments = read_arguments(RunFolder(run).arguments, for_training=False)
+    if part == "base":
+        return Target("model", _base_of_run(run, arguments, base), None, arguments, run)
+    _refuse_base(name_or_path, base)
+    return Target("model", ModelArguments(model_name_or_path=name_or_path), None, arguments, run)
+
+
+def _run_around(folder: Path) -> Path | None:
+    """Find the run that a folder lies in: RUN/adapter, RUN/merged, RUN/checkpoints/checkpoint-N."""
+    parents = (folder.resolve().parent, folder.resolve().parent.parent)
+    return next((path for path in parents if is_run_folder(path)), None)
+
+
+def _base_of_run(run: Path, arguments: Arguments, base: str | None) -> ModelArguments:
+    if base is None and arguments.model.model_name_or_path is None:
+        raise ModelError(f"The run {run} trained a model from scratch: it has no base. Leave --use_base out.")
+    return _with_base(arguments.model, base)
+
+
+def _refuse_base(name_or_path: str | Path, base: str | None) -> None:
+    if base is not None:
+        raise ModelError(f"{name_or_path} is a whole model, and needs no base. Leave --base out ({base}).")
 
 
 def _with_base(arguments: ModelArguments, base: str | None) -> ModelArguments:
@@ -190,10 +236,11 @@ def _adapter_on_hub(name: str) -> Path | None:
         return None
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        found = [
+        config = cached_file(name, ADAPTER_CONFIG, **options)
+        if config is None:
+            return None
+        for file in ("adapter_model.safetensors", "tokenizer_config.json", "tokenizer.json"):
             cached_file(name, file, **options)
-            for file in (ADAPTER_CONFIG, "adapter_model.safetensors", "tokenizer_config.json", "tokenizer.json")
-        ]
     except (OSError, ValueError):
         return None
-    return Path(found[0]).parent if found[0] else None
+    return Path(config).parent

@@ -7,15 +7,14 @@ commands, with configs/demo.yaml.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_mlm.console import bytes_text, print_table
-from peft_mlm.errors import RunFolderError
+from peft_mlm.console import CommandParser, bytes_text, print_table
+from peft_mlm.errors import ArgumentsError, RunFolderError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ASSETS = PACKAGE / "demo_assets"
@@ -38,13 +37,22 @@ def demo(output_dir: str | Path | None = None, *, flags: Sequence[str] = ()) -> 
 
     Returns:
         `base` and `adapted` (each `perplexity`, `accuracy`; mouse, unseen genes), `human` (same two), `adapter_bytes`,
-        `merge` (`max_abs_logit_diff`, `top1_agreement`), `fill_mask`, `run_folder`, `merged_folder`, `seconds`.
+        `trainable_parameters`, `total_parameters`, `merge` (`max_abs_logit_diff`, `top1_agreement`, `tied`),
+        `fill_mask` (`sequence`, `residue`, and of `base` and `merged` the predictions), `run_folder`, `merged_folder`,
+        `seconds`.
+
+    Raises:
+        ArgumentsError: A flag is wrong, or names another model or text.
+        RunFolderError: `output_dir` is not empty.
     """
     from peft_mlm.commands.evaluate import evaluate
     from peft_mlm.commands.fill_mask import fill_mask
     from peft_mlm.commands.merge import merge
     from peft_mlm.commands.train import train
 
+    named = {word.partition("=")[0] for word in flags}
+    if own := [f"--{name}" for name in SHIPPED if f"--{name}" in named]:
+        raise ArgumentsError(f"{', '.join(own)}: the demo brings model and text. For your own: peft-mlm train.")
     started = time.perf_counter()
     run_folder = Path(output_dir) if output_dir is not None else _free_folder(Path("runs") / "demo")
     shipped = [word for name, path in SHIPPED.items() for word in (f"--{name}", str(path))]
@@ -100,6 +108,8 @@ def config_file(name: str) -> Path:
 def run(words: Sequence[str]) -> dict[str, Any]:
     """Run the command with the words of the command line."""
     given, flags = _parser().parse_known_args(words)
+    if flags and not flags[0].startswith("-"):
+        raise ArgumentsError(f"demo takes flags alone, not {flags[0]!r}. The run folder is given by --output_dir.")
     return demo(given.output_dir, flags=flags)
 
 
@@ -152,14 +162,8 @@ def _free_folder(wanted: Path) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "peft-mlm demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
+def _parser() -> CommandParser:
+    parser = CommandParser("demo", f"{__doc__}\nAny argument of `peft-mlm train` may follow, such as --max_steps 100.")
     parser.add_argument("--output_dir", help="run folder (default: runs/demo, or the first free runs/demo-N)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

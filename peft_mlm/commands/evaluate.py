@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -10,10 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft_mlm.config import describe_help, read_arguments
-from peft_mlm.console import print_table
+from peft_mlm.argument_fields import argument_fields
+from peft_mlm.argument_types import convert, parse_type
+from peft_mlm.arguments import ModelArguments
+from peft_mlm.config import Arguments, describe_help, read_arguments
+from peft_mlm.console import CommandParser, print_table
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.run_folder import RunFolder
+
+# Flags of the model group that say how to load, not what.
+HOW_TO_LOAD = ("model_revision", "token", "cache_dir", "trust_remote_code", "dtype")
 
 
 def evaluate(
@@ -55,9 +60,10 @@ def evaluate(
     if config is None and not flags:
         raise ArgumentsError(f"On which text? {name_or_path} is no run: give --validation_file or --dataset_name.")
     arguments = read_arguments(config, flags, for_training=False)
+    target = replace(target, base=_how_to_load(target.base, arguments))
     data = arguments.data
     text = load_text(data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=("validation",))
-    loaded = load_target(replace(target, base=replace(target.base, dtype=arguments.model.dtype)))
+    loaded = load_target(target)
     corpus = build_corpus(text, data, loaded.base.model, loaded.tokenizer)
     rows = corpus.rows["validation"]
     masking = collator.from_tokenizer(
@@ -78,6 +84,16 @@ def evaluate(
         "rows": len(rows),
         "data": corpus.facts["validation"],
     }
+
+
+def _how_to_load(base: ModelArguments, arguments: Arguments) -> ModelArguments:
+    """Take over what flags say about loading; refuse flags that would have no effect here."""
+    flags = [name for name, source in arguments.sources.items() if source == "flag"]
+    idle = [name for name in flags if argument_fields()[name].group in ("model", "peft") and name not in HOW_TO_LOAD]
+    if idle:
+        raise ArgumentsError(f"--{', --'.join(idle)}: evaluate takes model and adapter by its first word, and --base.")
+    given = {name: getattr(arguments.model, name) for name in HOW_TO_LOAD if name in flags}
+    return replace(base, **{"dtype": arguments.model.dtype, **given})
 
 
 def run(words: Sequence[str]) -> dict[str, Any]:
@@ -108,8 +124,11 @@ def help_text() -> str:
     return usage + "\n" + describe_help(("data", "training"))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("peft-mlm evaluate", allow_abbrev=False, add_help=False)
+def _parser() -> CommandParser:
+    def truth(word: str) -> bool:
+        return bool(convert(word, parse_type("bool")))
+
+    parser = CommandParser("evaluate")
     parser.add_argument("--base")
-    parser.add_argument("--use_base", action="store_true")
+    parser.add_argument("--use_base", nargs="?", type=truth, const=True, default=False)
     return parser

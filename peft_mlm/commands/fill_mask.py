@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft_mlm.console import print_table
+from peft_mlm.console import CommandParser, print_table
 from peft_mlm.errors import ArgumentsError, DataError
 
 if TYPE_CHECKING:
@@ -98,8 +97,8 @@ def predict(loaded: Loaded, text: str, top_k: int) -> dict[str, Any]:
 
 def run(words: Sequence[str]) -> dict[str, Any]:
     """Run the command with the words of the command line."""
-    given = _parser().parse_args(words)
-    texts = given.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    given = _parser().read(words)
+    texts = given.text or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise DataError("There is no text: give it after the model's name, or on standard input.")
     results = fill_mask(given.model, texts, top_k=given.top_k, base=given.base, use_base=given.use_base)
@@ -123,10 +122,12 @@ def help_text() -> str:
     return _parser().format_help()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("peft-mlm fill-mask", description=__doc__, allow_abbrev=False, add_help=False)
+def _parser() -> CommandParser:
+    parser = CommandParser("fill-mask", __doc__)
     parser.add_argument("model", help="run folder, adapter or model: a folder or a hub name")
-    parser.add_argument("text", nargs="*", help="texts with masks; standard input, one per line, if none is given")
+    parser.add_argument(
+        "text", nargs="*", default=[], help="texts with masks; standard input, one per line, if none is given"
+    )
     parser.add_argument("--top_k", type=int, default=5, help="tokens per mask (default 5)")
     parser.add_argument("--base", help="base model, if it is not the recorded one")
     parser.add_argument("--use_base", action="store_true", help="leave the adapter out")

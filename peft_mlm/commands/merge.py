@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft_mlm.console import bytes_text, print_table
-from peft_mlm.errors import AdapterError, RunFolderError
+from peft_mlm.console import CommandParser, bytes_text, print_table
+from peft_mlm.errors import AdapterError, ArgumentsError, RunFolderError
 
-logger = logging.getLogger(__name__)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def merge(
@@ -33,29 +32,33 @@ def merge(
 
     Raises:
         AdapterError: There is no adapter, or it does not fit.
+        ArgumentsError: There is no such `dtype`.
         MergeError: The merged model is not what was trained; nothing is written then.
-        RunFolderError: `output_dir` is not empty.
+        RunFolderError: `output_dir` is not empty, or cannot be made.
     """
     from peft_mlm.loading import load_target, resolve_target
     from peft_mlm.merging import merge_adapter
     from peft_mlm.run_folder import folder_bytes
 
+    if dtype not in DTYPES:
+        raise ArgumentsError(f"dtype is {dtype!r}: choose {', '.join(DTYPES)}.")
     output = Path(output_dir).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunFolderError(
-            f"output_dir {output} is not empty, and nothing in it is overwritten. Give another folder."
-        )
+    _check_output(output)
     target = resolve_target(name_or_path, base=base)
     if target.adapter is None:
-        raise AdapterError(f"{name_or_path} is a model without an adapter: there is nothing to merge.")
+        raise AdapterError(
+            f"There is nothing to merge: {name_or_path} is no adapter, and no run with one. Give a folder, or a hub "
+            "name, that holds adapter_config.json."
+        )
     loaded = load_target(replace(target, base=replace(target.base, dtype="float32")))
-    report = merge_adapter(loaded.model, loaded.tokenizer, output, dtype=dtype)
+    # Resolved: the folder is replaced as a whole, which a link cannot be.
+    report = merge_adapter(loaded.model, loaded.tokenizer, output.resolve(), dtype=dtype)
     return {"output_dir": str(output), "bytes": folder_bytes(output), **report.describe()}
 
 
 def run(words: Sequence[str]) -> dict[str, Any]:
     """Run the command with the words of the command line."""
-    given = _parser().parse_args(words)
+    given = _parser().read(words)
     return merge(given.adapter, given.output_dir, base=given.base, dtype=given.dtype)
 
 
@@ -75,11 +78,23 @@ def help_text() -> str:
     return _parser().format_help()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("peft-mlm merge", description=__doc__, allow_abbrev=False, add_help=False)
+def _check_output(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"output_dir {path} is a file. Give a folder.")
+    if path.is_dir() and any(path.iterdir()):
+        raise RunFolderError(f"output_dir {path} is not empty, and nothing in it is overwritten. Give another folder.")
+    if path.is_dir() and path.samefile(Path.cwd()):
+        raise RunFolderError(f"output_dir {path} is the folder you are in. Give a new one.")
+    parent = next(p for p in path.resolve().parents if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise RunFolderError(f"output_dir {path} cannot be made: {parent} is no folder that may be written to.")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("merge", __doc__)
     parser.add_argument("adapter", help="run folder, or an adapter's folder or hub name")
     parser.add_argument("--output_dir", required=True, help="folder to make")
     parser.add_argument("--base", help="base model, if it is not the recorded one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights (default float32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
