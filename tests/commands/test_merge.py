@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
@@ -17,7 +18,7 @@ import peft_mlm
 from peft_mlm import merging
 from peft_mlm.errors import MergeError
 from tests.commands.conftest import Answer, train
-from tests.tiny import save_base
+from tests.tiny import perturb, save_base
 
 KEYS = {
     "output_dir", "bytes", "max_abs_logit_diff", "max_abs_logit_diff_as_run", "max_abs_logit", "top1_agreement",
@@ -163,6 +164,21 @@ def test_the_output_folder_may_be_new_deep_empty_or_a_link_to_an_empty_one(train
         assert AutoModelForMaskedLM.from_pretrained(tmp_path / place).dtype == torch.float32
     assert (tmp_path / "link").is_symlink()
     assert {path.name for path in tmp_path.iterdir()} == {"new", "deep", "empty", "target", "link"}
+
+
+def test_an_adapter_that_cannot_be_merged_rightly_is_refused(
+    base_folder: Path, tmp_path: Path, command: Callable[..., Answer]
+) -> None:
+    # The embedding matrix is the decoder's too: merged, the change is in both, while the adapter changes one.
+    base = AutoModelForMaskedLM.from_pretrained(base_folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["word_embeddings"]))
+        perturb(adapted)
+        adapted.save_pretrained(tmp_path / "tied")
+    words = ["merge", tmp_path / "tied", "--base", base_folder, "--output_dir", tmp_path / "merged"]
+    assert "differs from base + adapter by" in command(*words).fault
+    assert [path.name for path in tmp_path.iterdir()] == ["tied"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MergeError, OSError])
