@@ -57,7 +57,7 @@ _SHAPE = (
 SETS_ASIDE: dict[str, tuple[str, ...]] = {
     "adapter_name_or_path": _SHAPE,
     "no use_lora": (*_SHAPE, "adapter_name_or_path"),
-    "dataset_name": ("train_file", "dataset_config_name", "dataset_revision"),
+    "dataset_name": ("train_file", "validation_file", "dataset_config_name", "dataset_revision"),
     "train_file": ("dataset_name", "dataset_config_name", "dataset_revision"),
 }
 

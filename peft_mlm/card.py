@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from peft_mlm.arguments import DataTrainingArguments
 
 
 def render_card(facts: Mapping[str, Any]) -> str:
@@ -11,14 +14,30 @@ def render_card(facts: Mapping[str, Any]) -> str:
 
     Args:
         facts: `kind` ("adapter" or "model"), `base_model` (a hub name, or the last part of a local path, or None),
-            `base_on_hub` (bool), `method`, `targets`, `trained_modules`, `trainable_parameters`, `total_parameters`,
-            `data` (one line), `rows`, `steps`, `max_seq_length`, `mlm_probability`, `base` and `adapted` (records with
-            perplexity, accuracy, masked_tokens; or None), `new_tokens` (how many were added), `versions`.
+            `base_revision` (its commit on the hub, or None), `base_on_hub` (bool), `method`, `trained_modules`,
+            `trainable_parameters`, `total_parameters`, `data` (one line), `rows`, `steps`, `max_seq_length`,
+            `mlm_probability`, `base` and `adapted` (records with perplexity, accuracy, masked_tokens; or None),
+            `new_tokens` (how many were added), `versions`.
 
     Returns:
         Markdown with the hub's metadata on top; no local path and no token in it.
     """
     return "\n".join([*_metadata(facts), "", *_body(facts), *_figures(facts), *_use(facts), *_made_with(facts)]) + "\n"
+
+
+def name_data(data: DataTrainingArguments) -> str:
+    """Name the data of a run without a local path.
+
+    Args:
+        data: Its arguments.
+
+    Returns:
+        The data set's name and config, or the names of the files.
+    """
+    if data.dataset_name is None:
+        return ", ".join(Path(file).name for file in data.train_file or [])
+    name = Path(data.dataset_name).name if Path(data.dataset_name).exists() else data.dataset_name
+    return f"{name} {data.dataset_config_name}" if data.dataset_config_name else name
 
 
 def _metadata(facts: Mapping[str, Any]) -> list[str]:
@@ -63,6 +82,7 @@ def _figures(facts: Mapping[str, Any]) -> list[str]:
 
 def _use(facts: Mapping[str, Any]) -> list[str]:
     base, lines = facts["base_model"], ["", "## Use", ""]
+    pinned = f', revision="{facts["base_revision"]}"' if facts["base_revision"] else ""
     if facts["kind"] == "model":
         code = ["from transformers import pipeline", "", 'fill = pipeline("fill-mask", model="THIS_FOLDER")']
     elif facts["new_tokens"]:
@@ -77,7 +97,7 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
             "from peft import PeftModel",
             "from transformers import AutoModelForMaskedLM",
             "",
-            f'base = AutoModelForMaskedLM.from_pretrained("{base}")',
+            f'base = AutoModelForMaskedLM.from_pretrained("{base}"{pinned})',
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()',
         ]
     lines += ["```python", *code, "```", ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -148,6 +149,11 @@ def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _check(report: MergeReport) -> None:
+    if not math.isfinite(report.max_abs_logit_diff_as_run):
+        raise MergeError(
+            f"The merged model gives logits that are not finite in {report.dtype}: a weight or a sum is beyond "
+            "what the type holds; nothing was written. Use --dtype bfloat16 or float32."
+        )
     allowed = TOLERANCE * max(1.0, report.max_abs_logit)
     if report.dtype == "float32" and not report.max_abs_logit_diff <= allowed:
         raise MergeError(

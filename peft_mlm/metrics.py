@@ -82,8 +82,7 @@ def masked_lm_loss(
         A scalar that carries gradients.
     """
     chosen = labels != IGNORE_INDEX
-    rows = logits[chosen]
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = _at_least_float32(logits[chosen])
     total = functional.cross_entropy(rows, labels[chosen], reduction="sum", label_smoothing=label_smoothing)
     count = chosen.sum() if masked_in_batch is None else torch.as_tensor(masked_in_batch, device=logits.device)
     return total / count.reshape(-1)[0].clamp(min=1)
@@ -121,7 +120,7 @@ def evaluate_masked_lm(
             with autocast():
                 logits = model(**inputs).logits
             chosen = labels != IGNORE_INDEX
-            rows, targets = logits[chosen].float(), labels[chosen]
+            rows, targets = _at_least_float32(logits[chosen]), labels[chosen]
             losses = functional.cross_entropy(rows, targets, reduction="none").cpu()
             hits = (rows.argmax(dim=-1) == targets).sum()
             sums += torch.tensor([losses.double().sum(), hits, targets.numel()], dtype=torch.float64)
@@ -132,3 +131,7 @@ def evaluate_masked_lm(
         torch.distributed.all_reduce(everyone)
         sums = everyone.cpu()
     return MaskedScores(float(sums[0]), int(sums[1]), int(sums[2]))
+
+
+def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

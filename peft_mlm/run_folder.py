@@ -125,6 +125,8 @@ def check_output_dir(path: Path, *, resume: bool) -> None:
             "run in it by --resume_from_checkpoint true."
         )
     parent = next(p for p in (path, *path.resolve().parents) if p.exists())
+    if not parent.is_dir():
+        raise RunFolderError(f"output_dir {path} cannot be made: {parent} is a file. Give another folder.")
     if not os.access(parent, os.W_OK):
         raise RunFolderError(f"output_dir {path}: no permission to write in {parent}. Give another folder.")
 

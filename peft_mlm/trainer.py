@@ -61,6 +61,8 @@ def build_training_arguments(values: Mapping[str, Any], checkpoints: Path) -> Tr
         "disable_tqdm": True,  # its bar and its printed dicts are replaced by ours
         "label_names": ["labels"],
     }
+    if not torch.cuda.is_available():
+        settings["dataloader_pin_memory"] = False  # torch warns at every data loader
     if settings.get("metric_for_best_model") in PERPLEXITY_NAMES:
         settings.setdefault("greater_is_better", False)  # Trainer takes all but losses for "greater is better"
     try:

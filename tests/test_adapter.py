@@ -18,7 +18,7 @@ from peft_mlm.adapter import (
     wrap,
 )
 from peft_mlm.arguments import ModelArguments, PEFTArguments
-from peft_mlm.errors import AdapterError
+from peft_mlm.errors import AdapterError, MergeError
 from peft_mlm.heads import plan_fresh_head, tied_parameters, untied_modules
 from peft_mlm.merging import is_tied, merge_adapter
 from peft_mlm.model import load_base
@@ -145,14 +145,17 @@ def test_modules_to_save_leaves_the_tie_whole(tmp_path: Path) -> None:
     assert difference(logits(merged), trained) < 1e-5
 
 
-def test_new_tokens_are_trained_as_rows_and_shipped_in_kilobytes(tmp_path: Path) -> None:
-    folder = save_base(tmp_path / "base", "bert")
+@pytest.mark.parametrize(
+    "model_type", ["bert", "roberta", "esm", "distilbert", "electra", "albert", "modernbert", "deberta-v2", "rembert"]
+)
+def test_new_tokens_are_trained_as_rows_and_shipped_in_kilobytes(model_type: str, tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "base", model_type)
     longer = letter_tokenizer(extra=["<new1>", "<new2>", "<new3>"])
     longer.save_pretrained(tmp_path / "longer")
     arguments = ModelArguments(model_name_or_path=str(folder), tokenizer_name=str(tmp_path / "longer"))
     base = load_base(arguments)
     assert base.new_token_ids == (25, 26, 27)
-    before = logits(base.model)
+    tied, before = is_tied(base.model), logits(base.model)
     model = wrap(base.model, plan_lora(base.model, LORA, new_token_ids=base.new_token_ids))
     assert difference(logits(model), before) < 1e-6  # plain PEFT drops the decoder's bias here
     perturb(model)
@@ -165,7 +168,7 @@ def test_new_tokens_are_trained_as_rows_and_shipped_in_kilobytes(tmp_path: Path)
     again = load_base(ModelArguments(model_name_or_path=str(folder), tokenizer_name=str(tmp_path / "adapter")))
     reloaded = load_adapter(again.model, tmp_path / "adapter").eval()
     assert difference(reloaded(input_ids=ids).logits, trained) == 0.0
-    assert is_tied(reloaded)
+    assert is_tied(reloaded) == tied
     merge_adapter(reloaded, again.tokenizer, tmp_path / "merged")
     merged = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged").eval()
     assert merged.config.vocab_size == 28
@@ -251,3 +254,13 @@ def test_adapter_for_another_model_or_in_a_pickle_is_refused(tmp_path: Path) -> 
 def test_untied_modules_are_the_smallest_parts_without_a_tied_weight() -> None:
     assert untied_modules(tiny_model("roberta"), "lm_head") == ["lm_head.dense", "lm_head.layer_norm"]
     assert untied_modules(tiny_model("roberta"), "lm_head.decoder") == []
+
+
+def test_a_merge_beyond_what_float16_holds_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] = 1e6
+    adapted = wrap(model, plan_lora(model, LORA))
+    with pytest.raises(MergeError, match="not finite in float16"):
+        merge_adapter(adapted, letter_tokenizer(), tmp_path / "merged", dtype="float16")
+    assert list(tmp_path.iterdir()) == []

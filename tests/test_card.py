@@ -23,6 +23,7 @@ FACTS: dict[str, Any] = {
     "kind": "adapter",
     "base_model": "org/base",
     "base_on_hub": True,
+    "base_revision": None,
     "method": "LoRA, rank 8, alpha 16",
     "trained_modules": (),
     "new_tokens": 0,

@@ -44,6 +44,8 @@ def test_nothing_that_the_user_had_is_in_danger(tmp_path: Path) -> None:
         check_output_dir(tmp_path, resume=False)
     with pytest.raises(RunFolderError, match="is a file"):
         check_output_dir(tmp_path / "thesis.txt", resume=False)
+    with pytest.raises(RunFolderError, match="cannot be made"):
+        check_output_dir(tmp_path / "thesis.txt" / "run", resume=False)
     with pytest.raises(RunFolderError, match="no run in"):
         check_output_dir(tmp_path, resume=True)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]

@@ -368,6 +368,7 @@ def _save(prepared: Prepared, summary: dict[str, Any]) -> None:
 
 
 def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any]:
+    from peft_mlm.card import name_data
     from peft_mlm.model import published_name
 
     arguments, base, train_facts = prepared.arguments, prepared.base, prepared.corpus.facts["train"]
@@ -380,23 +381,14 @@ def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any
         **summary,
         "kind": "model" if arguments.peft is None else "adapter",
         "base_model": name,
+        "base_revision": base.revision,
         "base_on_hub": name is not None and not Path(base.name_or_path or "").expanduser().exists(),
         "method": method,
         "trained_modules": prepared.plan.trained_modules if prepared.plan else (),
         "new_tokens": len(base.new_token_ids),
-        "vocabulary": base.model.get_input_embeddings().weight.shape[0],
-        "data": _data_name(arguments),
+        "data": name_data(arguments.data),
         "rows": train_facts["rows_used"],
         "max_seq_length": prepared.corpus.max_seq_length,
         "mlm_probability": arguments.data.mlm_probability,
         "versions": describe_environment("")["versions"],
     }
-
-
-def _data_name(arguments: Arguments) -> str:
-    """Name the data without a local path."""
-    data = arguments.data
-    if data.dataset_name is not None:
-        name = data.dataset_name if not Path(data.dataset_name).exists() else Path(data.dataset_name).name
-        return f"{name} {data.dataset_config_name}" if data.dataset_config_name else name
-    return ", ".join(Path(file).name for file in data.train_file or [])

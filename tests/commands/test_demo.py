@@ -111,7 +111,7 @@ def test_the_next_demo_takes_the_next_folder_and_shows_a_table(
     summary = json.loads((place / "runs" / "demo-2" / "summary.json").read_text())
     for part in ("base", "adapted"):
         assert f"{summary[part]['perplexity']:.4g}" in answer.out
-    for shown in ("mouse, unseen genes", "human", "masked residue 36 (it is W)", "runs/demo-2"):
+    for shown in ("mouse, unseen genes", "human", "masked residue 38 (it is K)", "runs/demo-2"):
         assert shown in answer.out
 
 
