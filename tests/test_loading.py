@@ -122,22 +122,26 @@ def test_a_fully_trained_model_is_loaded_from_the_run(full_run: Path, base_folde
 def test_a_run_that_was_started_with_relative_paths_is_found_from_anywhere(
     base_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "work").mkdir()
+    (tmp_path / "project").mkdir()
     (tmp_path / "away").mkdir()
-    shutil.copytree(base_folder, tmp_path / "work" / "base")
-    shutil.copy(text_file, tmp_path / "work" / "text.txt")
-    monkeypatch.chdir(tmp_path / "work")
+    shutil.copytree(base_folder, tmp_path / "project" / "base")
+    shutil.copy(text_file, tmp_path / "project" / "text.txt")
+    monkeypatch.chdir(tmp_path / "project")
     train("base", "text.txt", "runs/one")
     here = logits(load("runs/one").model)
     figures = peft_mlm.evaluate("runs/one")
     monkeypatch.chdir(tmp_path / "away")
-    for place in (tmp_path / "work" / "runs" / "one", Path("../work/runs/one"), Path("../work/runs/one/adapter")):
+    for place in (
+        tmp_path / "project" / "runs" / "one",
+        Path("../project/runs/one"),
+        Path("../project/runs/one/adapter"),
+    ):
         assert torch.equal(logits(load(str(place)).model), here), place
-    assert peft_mlm.evaluate("../work/runs/one")["loss"] == figures["loss"]
-    monkeypatch.chdir(tmp_path / "work" / "runs" / "one")
+    assert peft_mlm.evaluate("../project/runs/one")["loss"] == figures["loss"]
+    monkeypatch.chdir(tmp_path / "project" / "runs" / "one")
     for name in ("adapter", "checkpoints/checkpoint-6", "."):
         assert torch.equal(logits(load(name).model), here), name
-    monkeypatch.setenv("HOME", str(tmp_path / "work"))
+    monkeypatch.setenv("HOME", str(tmp_path / "project"))
     for name in ("~/runs/one", "~/runs/one/adapter"):
         assert torch.equal(logits(load(name).model), here), name
     assert torch.equal(logits(load("~/base").model), logits(AutoModelForMaskedLM.from_pretrained(base_folder)))
