@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import AdapterError
-from peft_mlm.heads import plan_fresh_head
+from peft_mlm.heads import plan_fresh_head, tied_parameters
 from peft_mlm.targets import as_pattern, check_pattern, resolve_modules_to_save, resolve_targets
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -80,6 +80,11 @@ def plan_lora(
         )
     if head.left_at_zero:
         notices.append(f"{', '.join(head.left_at_zero)} (bound to the tied decoder) stays at zero.")
+    if new_token_ids and id(model.get_input_embeddings().weight) not in tied_parameters(model):
+        notices.append(
+            "The decoder of this model is not tied to its embeddings: new tokens can be read, but their rows in the "
+            "decoder stay at the mean of the others, so that they are hardly ever predicted."
+        )
     config = LoraConfig(
         task_type=None,  # PEFT has none for masked LMs; any other would change how the model is called
         r=arguments.lora_r,

@@ -156,7 +156,9 @@ def test_new_tokens_are_trained_as_rows_and_shipped_in_kilobytes(model_type: str
     base = load_base(arguments)
     assert base.new_token_ids == (25, 26, 27)
     tied, before = is_tied(base.model), logits(base.model)
-    model = wrap(base.model, plan_lora(base.model, LORA, new_token_ids=base.new_token_ids))
+    plan = plan_lora(base.model, LORA, new_token_ids=base.new_token_ids)
+    assert any("not tied" in notice for notice in plan.notices) != tied
+    model = wrap(base.model, plan)
     assert difference(logits(model), before) < 1e-6  # plain PEFT drops the decoder's bias here
     perturb(model)
     ids = torch.tensor([[0, 25, 9, 4, 26, 27, 20, 2]])
