@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft_mlm import __version__
-from peft_mlm.console import quiet_libraries, show_notices
+from peft_mlm.console import is_first_process, quiet_libraries, show_notices
 from peft_mlm.errors import PeftMlmError
 
 # command: (module below peft_mlm.commands, what it does)
@@ -81,7 +81,7 @@ def _run(command: Any, arguments: list[str], *, as_json: bool) -> int:
     except KeyboardInterrupt:
         print("peft-mlm: interrupted", file=sys.stderr)
         return INTERRUPTED
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_process():
         if as_json:
             from peft_mlm.run_folder import finite
 

@@ -90,6 +90,11 @@ def quiet_libraries() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def is_first_process() -> bool:
+    """Tell whether this is the process that writes and speaks (torchrun and accelerate number them in RANK)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def show_notices(stream: TextIO) -> None:
     """Show what peft_mlm's own logger says, one line each.
 

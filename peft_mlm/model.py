@@ -43,7 +43,6 @@ class Base:
         name_or_path: Hub name or folder it was loaded from; None when made from scratch.
         revision: Commit on the hub, where it came from there.
         fresh_parameters: Head parameters that the checkpoint does not hold, so that they start at random or zero.
-        unused_weights: Weights of the checkpoint that the masked LM has no place for.
         new_token_ids: Ids that the checkpoint's vocabulary does not hold; their rows are new.
         tokenizer_changed: Whether the tokenizer is another than the one that lies with the base model.
         notices: Sentences that the user should read.
@@ -54,7 +53,6 @@ class Base:
     name_or_path: str | None
     revision: str | None = None
     fresh_parameters: tuple[str, ...] = ()
-    unused_weights: tuple[str, ...] = ()
     new_token_ids: tuple[int, ...] = ()
     tokenizer_changed: bool = False
     notices: tuple[str, ...] = field(default=())
@@ -96,7 +94,6 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
         name_or_path=name,
         revision=revision,
         fresh_parameters=tuple(fresh),
-        unused_weights=tuple(sorted(set(loading["unexpected_keys"]))),
         tokenizer_changed=arguments.tokenizer_name not in (None, name),
     )
     return fit_vocabulary(_check_own_tokenizer(base, arguments), may_grow=may_grow)

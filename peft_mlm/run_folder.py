@@ -103,7 +103,7 @@ def is_run_folder(path: Path) -> bool:
 
 
 def check_output_dir(path: Path, *, resume: bool) -> None:
-    """Check, without writing, that a run may write here.
+    """Check, without writing, that a run (or a merge, which never resumes) may write here.
 
     Args:
         path: `output_dir`.
@@ -120,9 +120,9 @@ def check_output_dir(path: Path, *, resume: bool) -> None:
                 f"There is no run in {path} to resume. Leave out --resume_from_checkpoint to start one."
             )
     elif path.is_dir() and any(path.iterdir()):
+        run = "; the run in it goes on by `train` with --resume_from_checkpoint true" if is_run_folder(path) else ""
         raise RunFolderError(
-            f"output_dir {path} is not empty, and nothing in it is overwritten. Give another folder, or go on with the "
-            "run in it by --resume_from_checkpoint true."
+            f"output_dir {path} is not empty, and nothing in it is overwritten. Give another folder{run}."
         )
     parent = next(p for p in (path, *path.resolve().parents) if p.exists())
     if not parent.is_dir():

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft_mlm.console import CommandParser, bytes_text, print_table
 from peft_mlm.errors import AdapterError, ArgumentsError, RunFolderError
+from peft_mlm.run_folder import check_output_dir, folder_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,7 +39,6 @@ def merge(
     """
     from peft_mlm.loading import load_target, resolve_target
     from peft_mlm.merging import merge_adapter
-    from peft_mlm.run_folder import folder_bytes
 
     if dtype not in DTYPES:
         raise ArgumentsError(f"dtype is {dtype!r}: choose {', '.join(DTYPES)}.")
@@ -79,15 +79,12 @@ def help_text() -> str:
 
 
 def _check_output(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise RunFolderError(f"output_dir {path} is a file. Give a folder.")
-    if path.is_dir() and any(path.iterdir()):
-        raise RunFolderError(f"output_dir {path} is not empty, and nothing in it is overwritten. Give another folder.")
+    check_output_dir(path, resume=False)
     if path.is_dir() and path.samefile(Path.cwd()):
         raise RunFolderError(f"output_dir {path} is the folder you are in. Give a new one.")
-    parent = next(p for p in path.resolve().parents if p.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise RunFolderError(f"output_dir {path} cannot be made: {parent} is no folder that may be written to.")
+    beside = path.resolve().parent  # where the model is written before it takes its place
+    if beside.exists() and not os.access(beside, os.W_OK):
+        raise RunFolderError(f"output_dir {path} cannot be made: no permission to write in {beside}.")
 
 
 def _parser() -> CommandParser:

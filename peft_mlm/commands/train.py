@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_mlm.config import Arguments, describe_help, read_arguments, write_arguments, write_sources
-from peft_mlm.console import bytes_text, print_table
+from peft_mlm.console import bytes_text, is_first_process, print_table
 from peft_mlm.run_folder import (
     RunFolder,
     check_output_dir,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from peft_mlm.adapter import Plan
+    from peft_mlm.arguments import ModelArguments
     from peft_mlm.corpus import Corpus
     from peft_mlm.model import Base
     from peft_mlm.trainer import MaskedLMTrainer
@@ -65,7 +65,6 @@ class Prepared:
     plan: Plan | None
     corpus: Corpus
     trainer: MaskedLMTrainer
-    evaluates: bool
 
 
 def train(config: Mapping[str, Any] | str | Path, *, flags: Sequence[str] = ()) -> TrainResult:
@@ -104,24 +103,24 @@ def run_training(arguments: Arguments) -> TrainResult:
     run = RunFolder(Path(arguments.training["output_dir"]).expanduser())
     resume = arguments.training.get("resume_from_checkpoint")
     resume = None if resume in (None, False, "false") else str(resume)
-    if _is_first_process():  # the others would see what it has begun to write
+    if is_first_process():  # the others would see what it has begun to write
         check_output_dir(run.path, resume=resume is not None)
     checkpoint = None if resume is None else find_checkpoint(run, resume)
     prepared = prepare(arguments, run)
     summary = _describe_run(prepared)
-    _write_start(prepared, checkpoint)
+    _write_start(prepared, summary, checkpoint)
     try:
         summary |= _train_and_measure(prepared, checkpoint)
         summary |= {"status": "finished", "seconds": round(time.perf_counter() - started, 1)}
         _save(prepared, summary)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        if _is_first_process():
+        if is_first_process():
             write_json(run.summary, {**summary, "status": status, "error": f"{type(error).__name__}: {error}"[:500]})
         if status == "interrupted":
             _tell([f"interrupted; go on with: peft-mlm train {run.arguments} --resume_from_checkpoint true"])
         raise
-    return TrainResult(run.path, {**summary}, prepared.model.eval(), prepared.base.tokenizer)
+    return TrainResult(run.path, summary, prepared.model.eval(), prepared.base.tokenizer)
 
 
 def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
@@ -145,18 +144,18 @@ def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
     training = build_training_arguments(arguments.training, run.checkpoints)
     evaluates = arguments.training.get("do_eval") is not False
     splits = ("train", "validation") if evaluates else ("train",)
-    model_arguments = _with_adapter_tokenizer(arguments)
+    adapter = _adapter_to_go_on_with(arguments)
     with training.main_process_first(desc="reading text"):  # one process fills the caches, the others find them
         text = load_text(
             arguments.data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=splits
         )
         set_seed(training.seed)
-        base = load_base(model_arguments)
+        base = load_base(_with_adapter_tokenizer(arguments, adapter))
         corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
-    model, plan = _adapt(base, arguments)
+    model, plan = _adapt(base, arguments, adapter)
     _tell((*base.notices, *corpus.notices, *(plan.notices if plan else ())))
     trainer = _build_trainer(arguments, run, base, model, corpus, training)
-    return Prepared(arguments, run, base, model, plan, corpus, trainer, evaluates)
+    return Prepared(arguments, run, base, model, plan, corpus, trainer)
 
 
 def run(words: Sequence[str]) -> dict[str, Any]:
@@ -193,13 +192,8 @@ def help_text() -> str:
     return usage + "\n" + describe_help(("model", "data", "peft", "training"))
 
 
-def _is_first_process() -> bool:
-    """Tell whether this is the process that writes and speaks (torchrun and accelerate number them in RANK)."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _tell(notices: Iterable[str]) -> None:
-    if _is_first_process():
+    if is_first_process():
         for notice in notices:
             logger.info(notice)
 
@@ -234,28 +228,30 @@ def _with_whole_paths(arguments: Arguments) -> Arguments:
     )
 
 
-def _with_adapter_tokenizer(arguments: Arguments) -> Any:
-    """Use the tokenizer that an adapter carries, when training goes on from it."""
+def _adapter_to_go_on_with(arguments: Arguments) -> Path | None:
     from peft_mlm.loading import find_adapter
 
     peft = arguments.peft
-    if peft is None or peft.adapter_name_or_path is None or arguments.model.tokenizer_name is not None:
+    return None if peft is None or peft.adapter_name_or_path is None else find_adapter(peft.adapter_name_or_path)
+
+
+def _with_adapter_tokenizer(arguments: Arguments, adapter: Path | None) -> ModelArguments:
+    """Use the tokenizer that an adapter carries, when training goes on from it."""
+    if adapter is None or arguments.model.tokenizer_name is not None:
         return arguments.model
-    folder = find_adapter(peft.adapter_name_or_path)
-    carried = (folder / "tokenizer_config.json").is_file()
-    return replace(arguments.model, tokenizer_name=str(folder)) if carried else arguments.model
+    carried = (adapter / "tokenizer_config.json").is_file()
+    return replace(arguments.model, tokenizer_name=str(adapter)) if carried else arguments.model
 
 
-def _adapt(base: Base, arguments: Arguments) -> tuple[Any, Plan | None]:
+def _adapt(base: Base, arguments: Arguments, adapter: Path | None) -> tuple[Any, Plan | None]:
     """Wrap the base: a new adapter, an existing one to go on with, or none."""
     from peft_mlm.adapter import load_adapter, plan_lora, wrap
-    from peft_mlm.loading import find_adapter
 
     peft = arguments.peft
     if peft is None:
         return base.model, None
-    if peft.adapter_name_or_path is not None:
-        return load_adapter(base.model, find_adapter(peft.adapter_name_or_path), is_trainable=True), None
+    if adapter is not None:
+        return load_adapter(base.model, adapter, is_trainable=True), None
     plan = plan_lora(base.model, peft, fresh_parameters=base.fresh_parameters, new_token_ids=base.new_token_ids)
     return wrap(base.model, plan), plan
 
@@ -295,7 +291,7 @@ def _build_trainer(
     )
 
 
-def _write_start(prepared: Prepared, checkpoint: Path | None) -> None:
+def _write_start(prepared: Prepared, summary: dict[str, Any], checkpoint: Path | None) -> None:
     """Write what is known before the first step."""
     from peft_mlm.trainer import device_name
 
@@ -310,7 +306,7 @@ def _write_start(prepared: Prepared, checkpoint: Path | None) -> None:
         cut_metrics(run.metrics, read_json(checkpoint / "trainer_state.json")["global_step"])
     write_json(run.environment, describe_environment(device_name(trainer.args.device)))
     write_json(run.dataset, prepared.corpus.facts)
-    write_json(run.summary, {**_describe_run(prepared), "status": "running"})
+    write_json(run.summary, summary)
 
 
 def _describe_run(prepared: Prepared) -> dict[str, Any]:
