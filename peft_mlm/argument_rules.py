@@ -41,6 +41,8 @@ WHEN_TEXT: dict[When, str] = {
 # An argument that overrides others of a source before it: so a file that gives a whole adapter can be used with
 # another adapter, or without one, by a flag.
 _SHAPE = (
+    "peft_method",
+    "peft_config",
     "lora_r",
     "lora_alpha",
     "lora_dropout",
@@ -53,6 +55,8 @@ _SHAPE = (
     "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
+    "loraplus_lr_ratio",
+    "use_lorafa",
 )
 SETS_ASIDE: dict[str, tuple[str, ...]] = {
     "adapter_name_or_path": _SHAPE,

@@ -8,12 +8,13 @@ This module imports nothing heavy: `--help` reads it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Rows = Literal["chunked", "line", "run_mlm"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-# Ways to start that leave the base as it is and need no data.
-Initialisation = Literal["true", "gaussian", "orthogonal"]
+NewTokenInit = Literal["mean", "pieces"]
+QuantType = Literal["nf4", "fp4"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass
@@ -52,6 +53,45 @@ class ModelArguments:
     dtype: Dtype = field(
         default="float32",
         metadata={"help": "Type the base model's weights are held in; auto: as in the checkpoint."},
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention code, such as sdpa, eager, flash_attention_2; transformers chooses if not given."},
+    )
+    add_tokens: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens to add to the tokenizer: a list, or a text file with one a line. With an adapter their "
+            "rows alone are trained, and shipped with it."
+        },
+    )
+    add_special_tokens: list[str] | None = field(
+        default=None, metadata={"help": "The same for special tokens, which are never masked nor split."}
+    )
+    new_token_init: NewTokenInit = field(
+        default="mean",
+        metadata={"help": "How new rows start: mean of all old rows, or of the rows of the pieces a token was."},
+    )
+    untie_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Give the decoder a matrix of its own, so that embeddings or decoder can be adapted."},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Hold the encoder's linear layers in 4 bits (bitsandbytes); needs an adapter."}
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Hold the encoder's linear layers in 8 bits (bitsandbytes); needs an adapter."}
+    )
+    bnb_4bit_quant_type: QuantType = field(default="nf4", metadata={"help": "Kind of 4-bit numbers."})
+    bnb_4bit_compute_dtype: ComputeDtype = field(
+        default="auto",
+        metadata={"help": "Type that quantised layers compute in; auto: bfloat16 where the GPU has it, else float32."},
+    )
+    bnb_4bit_use_double_quant: bool = field(
+        default=False, metadata={"help": "Quantise the constants of the 4-bit blocks too: 0.4 bit less per weight."}
+    )
+    llm_int8_threshold: float = field(
+        default=6.0, metadata={"help": "8 bit: inputs with values beyond this are multiplied in higher precision."}
     )
 
 
@@ -133,6 +173,13 @@ class PEFTArguments:
     """The adapter. Without this group the whole model is trained."""
 
     use_lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the base model stays as it is."})
+    peft_method: str | None = field(
+        default=None, metadata={"help": "Train an adapter of this method of PEFT, such as lora, vera, boft, ia3."}
+    )
+    peft_config: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": 'Options of that method by PEFT\'s own names, such as {"r": 16, "init_weights": false}.'},
+    )
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "Go on from this adapter (a folder or a hub name)."}
     )
@@ -154,10 +201,14 @@ class PEFTArguments:
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) (rsLoRA)."})
     use_dora: bool = field(default=False, metadata={"help": "Learn magnitude and direction apart (DoRA)."})
-    init_lora_weights: Initialisation = field(
+    init_lora_weights: str = field(
         default="true",
         metadata={"help": "How the adapter's matrices start: true (no change to the base), gaussian, orthogonal."},
     )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+: the learning rate of the B matrices as a multiple of learning_rate."}
+    )
+    use_lorafa: bool = field(default=False, metadata={"help": "LoRA-FA: train the B matrices only, by its optimiser."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Names of modules to train in full and ship with the adapter."}
     )

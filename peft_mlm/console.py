@@ -6,13 +6,14 @@ Nothing here runs on import, and nothing heavy is imported.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from peft_mlm.errors import ArgumentsError
@@ -66,6 +67,22 @@ class CommandParser(argparse.ArgumentParser):
             near = difflib.get_close_matches(left[0].partition("=")[0], re.findall(r"--\w+", self.format_usage()), n=1)
             self.error(f"{left[0]}: there is no such argument" + (f"; nearest: {near[0]}" if near else ""))
         return given
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' load reports and bars: what matters in them, we say ourselves."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def quiet_libraries() -> None:

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 
 from peft_mlm.adapter import ADAPTER_CONFIG, check_adapter_folder, load_adapter
 from peft_mlm.arguments import ModelArguments
+from peft_mlm.base_recipe import BASE_RECIPE, with_base_recipe
 from peft_mlm.config import Arguments, read_arguments
 from peft_mlm.errors import AdapterError, ModelError
 from peft_mlm.model import Base, load_base
@@ -125,7 +126,8 @@ def load_target(target: Target) -> Loaded:
         return Loaded(base.model, base.tokenizer, base)
     check_adapter_folder(target.adapter)
     with_tokenizer = (target.adapter / "tokenizer_config.json").is_file()
-    arguments = replace(target.base, tokenizer_name=str(target.adapter)) if with_tokenizer else target.base
+    arguments = with_base_recipe(target.base, target.adapter)
+    arguments = replace(arguments, tokenizer_name=str(target.adapter)) if with_tokenizer else arguments
     base = _load_base(target, arguments, may_grow=with_tokenizer)
     adapted = load_adapter(base.model, target.adapter).eval()
     return Loaded(adapted, base.tokenizer, base)
@@ -239,7 +241,7 @@ def _adapter_on_hub(name: str) -> Path | None:
         config = cached_file(name, ADAPTER_CONFIG, **options)
         if config is None:
             return None
-        for file in ("adapter_model.safetensors", "tokenizer_config.json", "tokenizer.json"):
+        for file in ("adapter_model.safetensors", "tokenizer_config.json", "tokenizer.json", BASE_RECIPE):
             cached_file(name, file, **options)
     except (OSError, ValueError):
         return None

@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import MergeError
 from peft_mlm.heads import tied_parameters
-from peft_mlm.model import quiet_transformers
 from peft_mlm.positions import position_limit
 from peft_mlm.run_folder import staged, write_json
 

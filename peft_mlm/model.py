@@ -12,9 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -28,7 +26,9 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from peft_mlm.arguments import ModelArguments
+from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
+from peft_mlm.vocabulary import fit_vocabulary, vocabulary_size
 
 NAMES_SHOWN = 8
 
@@ -96,7 +96,7 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
         fresh_parameters=tuple(fresh),
         tokenizer_changed=arguments.tokenizer_name not in (None, name),
     )
-    return fit_vocabulary(_check_own_tokenizer(base, arguments), may_grow=may_grow)
+    return _with_rows_for_tokenizer(_check_own_tokenizer(base, arguments), may_grow=may_grow)
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -131,48 +131,13 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give the number of embedding rows that a tokenizer needs.
-
-    `len(tokenizer)` counts the tokens; where their ids have gaps, the highest id asks for more rows.
-
-    Args:
-        tokenizer: Any tokenizer.
-
-    Returns:
-        The highest id plus one.
-    """
-    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
-
-
-def fit_vocabulary(base: Base, *, may_grow: bool) -> Base:
-    """Add embedding rows for a tokenizer that is longer than the model's vocabulary; never remove any.
-
-    Args:
-        base: Model and tokenizer.
-        may_grow: Whether rows may be added.
-
-    Returns:
-        The same model with as many rows as the tokenizer needs, and the ids of the new ones.
-
-    Raises:
-        ModelError: The tokenizer is longer and `may_grow` is False.
-    """
+def _with_rows_for_tokenizer(base: Base, *, may_grow: bool) -> Base:
     rows = base.model.get_input_embeddings().weight.shape[0]
-    needed = vocabulary_size(base.tokenizer)
-    if needed <= rows:
+    new = fit_vocabulary(base.model, base.tokenizer, name=base.name_or_path, may_grow=may_grow)
+    if not new:
         return base
-    if not may_grow:
-        raise ModelError(
-            f"The tokenizer has ids up to {needed - 1}, the model {base.name_or_path} has {rows} rows in its "
-            "vocabulary, and nothing that is loaded here holds the others. Use the model's own tokenizer, or train "
-            "with the longer one first."
-        )
-    with quiet_transformers():
-        base.model.resize_token_embeddings(needed, mean_resizing=False)
-    _start_new_rows(base.model, rows, needed)
-    notice = f"The tokenizer has {needed - rows} tokens more than the model's vocabulary of {rows}: rows were added."
-    return replace(base, new_token_ids=tuple(range(rows, needed)), notices=(*base.notices, notice))
+    notice = f"The tokenizer has {len(new)} tokens more than the model's vocabulary of {rows}: rows were added."
+    return replace(base, new_token_ids=new, notices=(*base.notices, notice))
 
 
 def published_name(name_or_path: str | None) -> str | None:
@@ -187,22 +152,6 @@ def published_name(name_or_path: str | None) -> str | None:
     if name_or_path is None:
         return None
     return Path(name_or_path).expanduser().resolve().name if Path(name_or_path).expanduser().exists() else name_or_path
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' load reports and bars: what matters in them, we say ourselves."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _hub_options(arguments: ModelArguments, revision: str | None) -> dict[str, Any]:
@@ -322,24 +271,6 @@ def _check_own_tokenizer(base: Base, arguments: ModelArguments) -> Base:
     return replace(base, tokenizer_changed=len(theirs) != len(own.get_vocab()))
 
 
-def _start_new_rows(model: PreTrainedModel, first: int, vocabulary: int) -> None:
-    """Start new rows at the mean of the old ones, new biases at zero: the same whenever the base is grown again."""
-    for module in model.modules():
-        # A bias that stands beside the decoder, as ESM has it; transformers grows only the decoder's own.
-        bias = module._parameters.get("bias")
-        lone = bias is not None and not hasattr(module, "weight") and bias.shape == (first,)
-        if lone:
-            grown = torch.cat([bias.detach(), bias.new_zeros(vocabulary - first)])
-            module.bias = nn.Parameter(grown, requires_grad=bias.requires_grad)
-    with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if layer is None:
-                continue
-            layer.weight[first:] = layer.weight[:first].mean(dim=0)
-            if getattr(layer, "bias", None) is not None:
-                layer.bias[first:] = 0
-
-
 def _build_from_scratch(arguments: ModelArguments) -> Base:
     tokenizer = load_tokenizer(arguments)
     if arguments.config_name is not None:
@@ -360,7 +291,7 @@ def _build_from_scratch(arguments: ModelArguments) -> Base:
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         raise ModelError(f"Cannot make a {config.model_type} model of this config: {error}") from error
     base = Base(model=model.eval(), tokenizer=tokenizer, name_or_path=None, tokenizer_changed=True)
-    return replace(fit_vocabulary(base, may_grow=True), new_token_ids=())
+    return replace(_with_rows_for_tokenizer(base, may_grow=True), new_token_ids=())
 
 
 def _take_from_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

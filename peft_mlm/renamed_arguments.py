@@ -63,7 +63,6 @@ class Refused:
 OldArgument = Renamed | Translated | Dropped | Refused
 
 _PUSH = "Nothing is pushed while training: train first, then upload the adapter folder with `hf upload`."
-_QUANTISED = "A quantised base is not supported by this version: leave it out."
 _WHOLE_WORDS = "Whole-word masking is not in this version: leave it out."
 _PRECISION = "Mixed precision is PyTorch's own: leave it out and give bf16 or fp16."
 _NO_TPU = "Training on TPUs is not supported: leave it out."
@@ -175,12 +174,7 @@ OLD_ARGUMENTS: dict[str, OldArgument] = {
     "bias": Translated(
         "str", lambda name: {} if name == "none" else "Training biases is not in this version: leave it out."
     ),
-    "load_in_4bit": Translated("bool", _refuse_on(_QUANTISED)),
-    "load_in_8bit": Translated("bool", _refuse_on(_QUANTISED)),
-    "bnb_4bit_quant_type": Refused(_QUANTISED),
-    "bnb_4bit_compute_dtype": Refused(_QUANTISED),
-    "bnb_4bit_use_double_quant": Refused(_QUANTISED),
-    "bnb_4bit_quant_storage": Refused(_QUANTISED),
+    "bnb_4bit_quant_storage": Dropped("packed weights are stored as bytes, whatever it says"),
     # other scripts
     "model_name": Renamed("model_name_or_path"),
     "base_model_name_or_path": Renamed("model_name_or_path"),

@@ -34,6 +34,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import is_liger_kernel_available
 
 from peft_mlm.adapter import save_adapter
+from peft_mlm.arguments import ModelArguments
+from peft_mlm.base_recipe import write_base_recipe
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.metrics import MaskedScores, evaluate_masked_lm, masked_lm_loss
 from peft_mlm.run_folder import RunFolder, append_jsonl
@@ -213,6 +215,7 @@ def saver(
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_changed: bool,
     base_revision: str | None = None,
+    base_arguments: ModelArguments | None = None,
 ) -> Callable[[torch.nn.Module, Path], None]:
     """Make the function that writes what was trained.
 
@@ -221,6 +224,7 @@ def saver(
         tokenizer: The tokenizer of the run.
         tokenizer_changed: Whether the adapter must carry it.
         base_revision: The base's commit on the hub.
+        base_arguments: How the base was loaded, to be kept beside the adapter.
 
     Returns:
         A function of the model and a folder: it writes the adapter alone, or the whole model with its tokenizer.
@@ -230,6 +234,8 @@ def saver(
         if isinstance(model, PeftModel):
             carried = tokenizer if tokenizer_changed else None
             save_adapter(model, folder, base_name=base_name, base_revision=base_revision, tokenizer=carried)
+            if base_arguments is not None:
+                write_base_recipe(base_arguments, folder)
         else:
             model.save_pretrained(str(folder))  # type: ignore[operator]
             tokenizer.save_pretrained(str(folder))

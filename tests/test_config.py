@@ -170,7 +170,7 @@ def test_a_resolved_file_can_be_run_with_another_adapter_or_none(tmp_path):
 def test_all_faults_of_all_sources_are_reported_at_once(tmp_path):
     (tmp_path / "a.yaml").write_text("lora_r: many\nlearning_rat: 1\nsave_safetensors: false\nstreaming: yes\n")
     words = ["--seed", "x", "--max_steps", "--evaluation_strategy", "often", "--mlm_probability", "2", "extra.txt"]
-    told = faults(tmp_path / "a.yaml", words, {"bf16": "perhaps", "load_in_8bit": True})
+    told = faults(tmp_path / "a.yaml", words, {"bf16": "perhaps", "whole_word_mask": True})
     assert sorted(told) == sorted(
         [
             "lora_r in a.yaml: 'many' is not a whole number.",
@@ -184,7 +184,7 @@ def test_all_faults_of_all_sources_are_reported_at_once(tmp_path):
             "(evaluation_strategy is eval_strategy now.)",
             "--mlm_probability takes one value, but has 2: '2 extra.txt'.",
             "bf16: 'perhaps' is not true or false.",
-            "load_in_8bit cannot be used. A quantised base is not supported by this version: leave it out.",
+            "whole_word_mask cannot be used. Whole-word masking is not in this version: leave it out.",
             "No model is given: name a base model by model_name_or_path, or train from scratch by model_type or "
             "config_name.",
             "No text to train on is given: name files by train_file, or a data set by dataset_name.",

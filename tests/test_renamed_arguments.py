@@ -42,8 +42,6 @@ TRANSLATIONS = [
     ("wwm", False, {}),
     ("peft_type", "LORA", {"use_lora": True}),
     ("bias", "none", {}),
-    ("load_in_4bit", False, {}),
-    ("load_in_8bit", False, {}),
 ]
 REFUSALS = [
     ("warmup_ratio", 1.0, "warmup_steps"),
@@ -62,8 +60,6 @@ REFUSALS = [
     ("wwm", True, "not in this version"),
     ("peft_type", "LOHA", "use_lora"),
     ("bias", "all", "not in this version"),
-    ("load_in_4bit", True, "quantised"),
-    ("load_in_8bit", True, "quantised"),
 ]
 # A value that each kind of argument can have, and that is not its default.
 SAMPLES = {

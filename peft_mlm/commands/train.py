@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from peft_mlm.adapter import Plan
-    from peft_mlm.arguments import ModelArguments
     from peft_mlm.corpus import Corpus
     from peft_mlm.model import Base
     from peft_mlm.trainer import MaskedLMTrainer
@@ -135,6 +134,7 @@ def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
     """
     from transformers import set_seed
 
+    from peft_mlm.adaptation import adapt, adapter_to_go_on_with, with_adapter_tokenizer
     from peft_mlm.corpus import build_corpus
     from peft_mlm.data import load_text
     from peft_mlm.model import load_base
@@ -144,15 +144,15 @@ def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
     training = build_training_arguments(arguments.training, run.checkpoints)
     evaluates = arguments.training.get("do_eval") is not False
     splits = ("train", "validation") if evaluates else ("train",)
-    adapter = _adapter_to_go_on_with(arguments)
+    adapter = adapter_to_go_on_with(arguments)
     with training.main_process_first(desc="reading text"):  # one process fills the caches, the others find them
         text = load_text(
             arguments.data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=splits
         )
         set_seed(training.seed)
-        base = load_base(_with_adapter_tokenizer(arguments, adapter))
+        base = load_base(with_adapter_tokenizer(arguments.model, adapter))
         corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
-    model, plan = _adapt(base, arguments, adapter)
+    model, plan = adapt(base, arguments, adapter)
     _tell((*base.notices, *corpus.notices, *(plan.notices if plan else ())))
     trainer = _build_trainer(arguments, run, base, model, corpus, training)
     return Prepared(arguments, run, base, model, plan, corpus, trainer)
@@ -228,34 +228,6 @@ def _with_whole_paths(arguments: Arguments) -> Arguments:
     )
 
 
-def _adapter_to_go_on_with(arguments: Arguments) -> Path | None:
-    from peft_mlm.loading import find_adapter
-
-    peft = arguments.peft
-    return None if peft is None or peft.adapter_name_or_path is None else find_adapter(peft.adapter_name_or_path)
-
-
-def _with_adapter_tokenizer(arguments: Arguments, adapter: Path | None) -> ModelArguments:
-    """Use the tokenizer that an adapter carries, when training goes on from it."""
-    if adapter is None or arguments.model.tokenizer_name is not None:
-        return arguments.model
-    carried = (adapter / "tokenizer_config.json").is_file()
-    return replace(arguments.model, tokenizer_name=str(adapter)) if carried else arguments.model
-
-
-def _adapt(base: Base, arguments: Arguments, adapter: Path | None) -> tuple[Any, Plan | None]:
-    """Wrap the base: a new adapter, an existing one to go on with, or none."""
-    from peft_mlm.adapter import load_adapter, plan_lora, wrap
-
-    peft = arguments.peft
-    if peft is None:
-        return base.model, None
-    if adapter is not None:
-        return load_adapter(base.model, adapter, is_trainable=True), None
-    plan = plan_lora(base.model, peft, fresh_parameters=base.fresh_parameters, new_token_ids=base.new_token_ids)
-    return wrap(base.model, plan), plan
-
-
 def _build_trainer(
     arguments: Arguments, run: RunFolder, base: Base, model: Any, corpus: Corpus, training: Any
 ) -> MaskedLMTrainer:
@@ -285,6 +257,7 @@ def _build_trainer(
             base_revision=base.revision,
             tokenizer=base.tokenizer,
             tokenizer_changed=base.tokenizer_changed or bool(base.new_token_ids),
+            base_arguments=arguments.model,
         ),
         run=run,
         early_stopping=None if patience is None else (patience, data.early_stopping_threshold),
