@@ -18,9 +18,17 @@ from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import BASE_RECIPE, with_base_recipe
 from peft_mlm.config import Arguments, read_arguments
 from peft_mlm.errors import AdapterError, ModelError
+from peft_mlm.fingerprint import BASE_FINGERPRINT, changed_weights, misfits, read_fingerprint
 from peft_mlm.model import Base, load_base
 from peft_mlm.run_folder import RunFolder, is_run_folder
 
+FILES_OF_ADAPTER = (
+    "adapter_model.safetensors",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    BASE_RECIPE,
+    BASE_FINGERPRINT,
+)
 Part = Literal["adapted", "base"]
 
 
@@ -102,18 +110,19 @@ def find_adapter(name_or_path: str) -> Path:
     return folder
 
 
-def load_target(target: Target) -> Loaded:
+def load_target(target: Target, *, any_base: bool = False) -> Loaded:
     """Load what `resolve_target` found.
 
     Args:
         target: Where to load from.
+        any_base: Put the adapter on a base with other weights than it was trained on.
 
     Returns:
         The model in evaluation mode, with its tokenizer.
 
     Raises:
         ModelError: The base cannot be loaded, or has no masked LM head of its own and no adapter brings one.
-        AdapterError: The adapter does not fit.
+        AdapterError: The adapter does not fit, or was trained on another base.
     """
     if target.adapter is None:
         # Rows added for a run's own tokenizer start the same each time: the base is the one that the run measured.
@@ -129,21 +138,51 @@ def load_target(target: Target) -> Loaded:
     arguments = with_base_recipe(target.base, target.adapter)
     arguments = replace(arguments, tokenizer_name=str(target.adapter)) if with_tokenizer else arguments
     base = _load_base(target, arguments, may_grow=with_tokenizer)
+    check_base(target.adapter, base, any_base=any_base)
     adapted = load_adapter(base.model, target.adapter).eval()
     return Loaded(adapted, base.tokenizer, base)
 
 
-def load(name_or_path: str, *, base: str | None = None) -> Loaded:
+def check_base(adapter: Path, base: Base, *, any_base: bool = False) -> None:
+    """Refuse a base that the adapter was not trained on, even if its shapes fit.
+
+    Args:
+        adapter: The adapter's folder.
+        base: What was loaded.
+        any_base: Let a base of the same make pass, whatever its weights.
+
+    Raises:
+        AdapterError: The fingerprint beside the adapter is another; adapters without one pass.
+    """
+    recorded = read_fingerprint(adapter)
+    if recorded is None:
+        return
+    told = misfits(recorded, base.fingerprint)
+    if told:
+        raise AdapterError(
+            f"The adapter {adapter} does not fit the base model {base.name_or_path}: {'; '.join(told)}. Give the base "
+            "that it was trained on with --base."
+        )
+    told = changed_weights(recorded, base.fingerprint)
+    if told and not any_base:
+        raise AdapterError(
+            f"{base.name_or_path} is not the base that the adapter {adapter} was trained on: {told[0]}. Give the "
+            "right one with --base, or go on with this one by --any_base."
+        )
+
+
+def load(name_or_path: str, *, base: str | None = None, any_base: bool = False) -> Loaded:
     """Load a run folder, an adapter with its base, or a model.
 
     Args:
         name_or_path: A folder or a hub name.
         base: Base model to use instead of the recorded one.
+        any_base: Put the adapter on a base with other weights than it was trained on.
 
     Returns:
         The model in evaluation mode, with its tokenizer.
     """
-    return load_target(resolve_target(name_or_path, base=base))
+    return load_target(resolve_target(name_or_path, base=base), any_base=any_base)
 
 
 def _load_base(target: Target, arguments: ModelArguments, *, may_grow: bool) -> Base:
@@ -241,7 +280,7 @@ def _adapter_on_hub(name: str) -> Path | None:
         config = cached_file(name, ADAPTER_CONFIG, **options)
         if config is None:
             return None
-        for file in ("adapter_model.safetensors", "tokenizer_config.json", "tokenizer.json", BASE_RECIPE):
+        for file in FILES_OF_ADAPTER:
             cached_file(name, file, **options)
     except (OSError, ValueError):
         return None

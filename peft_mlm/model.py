@@ -7,7 +7,7 @@ vocabulary is made to fit the tokenizer, and the positions that a model really h
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from transformers.utils.hub import extract_commit_hash
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
+from peft_mlm.fingerprint import base_fingerprint
 from peft_mlm.vocabulary import fit_vocabulary, vocabulary_size
 
 NAMES_SHOWN = 8
@@ -45,6 +46,7 @@ class Base:
         fresh_parameters: Head parameters that the checkpoint does not hold, so that they start at random or zero.
         new_token_ids: Ids that the checkpoint's vocabulary does not hold; their rows are new.
         tokenizer_changed: Whether the tokenizer is another than the one that lies with the base model.
+        fingerprint: What tells this base from others of the same shapes (`fingerprint.base_fingerprint`).
         notices: Sentences that the user should read.
     """
 
@@ -55,6 +57,7 @@ class Base:
     fresh_parameters: tuple[str, ...] = ()
     new_token_ids: tuple[int, ...] = ()
     tokenizer_changed: bool = False
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = field(default=())
 
 
@@ -95,6 +98,7 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
         revision=revision,
         fresh_parameters=tuple(fresh),
         tokenizer_changed=arguments.tokenizer_name not in (None, name),
+        fingerprint=base_fingerprint(model, without=fresh),
     )
     return _with_rows_for_tokenizer(_check_own_tokenizer(base, arguments), may_grow=may_grow)
 

@@ -37,6 +37,7 @@ from peft_mlm.adapter import save_adapter
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import write_base_recipe
 from peft_mlm.errors import ArgumentsError
+from peft_mlm.fingerprint import write_fingerprint
 from peft_mlm.metrics import MaskedScores, evaluate_masked_lm, masked_lm_loss
 from peft_mlm.run_folder import RunFolder, append_jsonl
 
@@ -216,6 +217,7 @@ def saver(
     tokenizer_changed: bool,
     base_revision: str | None = None,
     base_arguments: ModelArguments | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
 ) -> Callable[[torch.nn.Module, Path], None]:
     """Make the function that writes what was trained.
 
@@ -225,6 +227,7 @@ def saver(
         tokenizer_changed: Whether the adapter must carry it.
         base_revision: The base's commit on the hub.
         base_arguments: How the base was loaded, to be kept beside the adapter.
+        fingerprint: What tells the base from others, to be kept beside the adapter.
 
     Returns:
         A function of the model and a folder: it writes the adapter alone, or the whole model with its tokenizer.
@@ -236,6 +239,8 @@ def saver(
             save_adapter(model, folder, base_name=base_name, base_revision=base_revision, tokenizer=carried)
             if base_arguments is not None:
                 write_base_recipe(base_arguments, folder)
+            if fingerprint:
+                write_fingerprint(fingerprint, folder)
         else:
             model.save_pretrained(str(folder))  # type: ignore[operator]
             tokenizer.save_pretrained(str(folder))

@@ -27,6 +27,7 @@ def evaluate(
     config: str | Path | None = None,
     flags: Sequence[str] = (),
     base: str | None = None,
+    any_base: bool = False,
     use_base: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a base, an adapter or a merged model.
@@ -36,6 +37,7 @@ def evaluate(
         config: File with the arguments that say on which text and how; the run's own where there is one.
         flags: Words of a command line that override it, such as `["--validation_file", "other.txt"]`.
         base: Base model, if it is not the recorded one.
+        any_base: Put the adapter on a base with other weights than it was trained on.
         use_base: Evaluate the base, without adapter or training.
 
     Returns:
@@ -63,7 +65,7 @@ def evaluate(
     target = replace(target, base=_how_to_load(target.base, arguments))
     data = arguments.data
     text = load_text(data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=("validation",))
-    loaded = load_target(target)
+    loaded = load_target(target, any_base=any_base)
     corpus = build_corpus(text, data, loaded.base.model, loaded.tokenizer)
     rows = corpus.rows["validation"]
     masking = collator.from_tokenizer(
@@ -104,7 +106,7 @@ def run(words: Sequence[str]) -> dict[str, Any]:
         raise ArgumentsError("Give a model (a run folder, an adapter, a model), and a config file if need be, first.")
     own, rest = _parser().parse_known_args(flags)
     config = named[1] if len(named) == 2 else None
-    return evaluate(named[0], config=config, flags=rest, base=own.base, use_base=own.use_base)
+    return evaluate(named[0], config=config, flags=rest, base=own.base, any_base=own.any_base, use_base=own.use_base)
 
 
 def show(record: dict[str, Any]) -> None:
@@ -117,9 +119,11 @@ def show(record: dict[str, Any]) -> None:
 def help_text() -> str:
     """Give the text of `peft-mlm evaluate --help`."""
     usage = (
-        "usage: peft-mlm evaluate MODEL [CONFIG] [--use_base] [--base NAME] [--argument value ...] [--json]\n\n"
+        "usage: peft-mlm evaluate MODEL [CONFIG] [--base NAME] [--any_base] [--use_base] [--argument value ...]\n"
+        "                         [--json]\n\n"
         "MODEL is a run folder, an adapter or a model. A run knows its text; else give --validation_file or\n"
-        "--dataset_name. --use_base leaves the adapter out; --base names another base model.\n"
+        "--dataset_name. --use_base leaves the adapter out; --base names another base model; --any_base takes\n"
+        "it although the adapter was trained on one with other weights.\n"
     )
     return usage + "\n" + describe_help(("data", "training"))
 
@@ -130,5 +134,6 @@ def _parser() -> CommandParser:
 
     parser = CommandParser("evaluate")
     parser.add_argument("--base")
+    parser.add_argument("--any_base", nargs="?", type=truth, const=True, default=False)
     parser.add_argument("--use_base", nargs="?", type=truth, const=True, default=False)
     return parser

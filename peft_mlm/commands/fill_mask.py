@@ -17,7 +17,13 @@ MASK_SPELLINGS = ("[MASK]", "<mask>")
 
 
 def fill_mask(
-    name_or_path: str, texts: str | Sequence[str], *, top_k: int = 5, base: str | None = None, use_base: bool = False
+    name_or_path: str,
+    texts: str | Sequence[str],
+    *,
+    top_k: int = 5,
+    base: str | None = None,
+    any_base: bool = False,
+    use_base: bool = False,
 ) -> list[dict[str, Any]]:
     """Predict the masked tokens of texts.
 
@@ -28,6 +34,7 @@ def fill_mask(
         texts: One text or several, each with one mask or several: the tokenizer's mask token, `[MASK]` or `<mask>`.
         top_k: How many tokens to give per mask.
         base: Base model, if it is not the recorded one.
+        any_base: Put the adapter on a base with other weights than it was trained on.
         use_base: Leave the adapter out.
 
     Returns:
@@ -43,7 +50,8 @@ def fill_mask(
     if top_k < 1:
         raise ArgumentsError(f"top_k is {top_k}; it must be 1 or more.")
     given = [texts] if isinstance(texts, str) else list(texts)
-    loaded = load_target(resolve_target(name_or_path, base=base, part="base" if use_base else "adapted"))
+    target = resolve_target(name_or_path, base=base, part="base" if use_base else "adapted")
+    loaded = load_target(target, any_base=any_base)
     return [predict(loaded, text, top_k) for text in given]
 
 
@@ -101,7 +109,9 @@ def run(words: Sequence[str]) -> dict[str, Any]:
     texts = given.text or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise DataError("There is no text: give it after the model's name, or on standard input.")
-    results = fill_mask(given.model, texts, top_k=given.top_k, base=given.base, use_base=given.use_base)
+    results = fill_mask(
+        given.model, texts, top_k=given.top_k, base=given.base, any_base=given.any_base, use_base=given.use_base
+    )
     return {"model": given.model, "results": results}
 
 
@@ -130,6 +140,7 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--top_k", type=int, default=5, help="tokens per mask (default 5)")
     parser.add_argument("--base", help="base model, if it is not the recorded one")
+    parser.add_argument("--any_base", action="store_true", help="even if the adapter was trained on another base")
     parser.add_argument("--use_base", action="store_true", help="leave the adapter out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -17,7 +17,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def merge(
-    name_or_path: str, output_dir: str | Path, *, base: str | None = None, dtype: str = "float32"
+    name_or_path: str,
+    output_dir: str | Path,
+    *,
+    base: str | None = None,
+    any_base: bool = False,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Merge an adapter into its base.
 
@@ -25,6 +30,7 @@ def merge(
         name_or_path: A run folder, or an adapter (a folder or a hub name).
         output_dir: Folder to make; it must not exist, or be empty.
         base: Base model, if it is not the recorded one.
+        any_base: Merge into a base with other weights than the adapter was trained on.
         dtype: Type of the merged weights: float32, bfloat16 or float16. The sum itself is made in float32.
 
     Returns:
@@ -50,7 +56,7 @@ def merge(
             f"There is nothing to merge: {name_or_path} is no adapter, and no run with one. Give a folder, or a hub "
             "name, that holds adapter_config.json."
         )
-    loaded = load_target(replace(target, base=replace(target.base, dtype="float32")))
+    loaded = load_target(replace(target, base=replace(target.base, dtype="float32")), any_base=any_base)
     # Resolved: the folder is replaced as a whole, which a link cannot be.
     report = merge_adapter(loaded.model, loaded.tokenizer, output.resolve(), dtype=dtype)
     return {"output_dir": str(output), "bytes": folder_bytes(output), **report.describe()}
@@ -59,7 +65,7 @@ def merge(
 def run(words: Sequence[str]) -> dict[str, Any]:
     """Run the command with the words of the command line."""
     given = _parser().read(words)
-    return merge(given.adapter, given.output_dir, base=given.base, dtype=given.dtype)
+    return merge(given.adapter, given.output_dir, base=given.base, any_base=given.any_base, dtype=given.dtype)
 
 
 def show(record: dict[str, Any]) -> None:
@@ -92,6 +98,7 @@ def _parser() -> CommandParser:
     parser.add_argument("adapter", help="run folder, or an adapter's folder or hub name")
     parser.add_argument("--output_dir", required=True, help="folder to make")
     parser.add_argument("--base", help="base model, if it is not the recorded one")
+    parser.add_argument("--any_base", action="store_true", help="even if the adapter was trained on another base")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights (default float32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -258,6 +258,7 @@ def _build_trainer(
             tokenizer=base.tokenizer,
             tokenizer_changed=base.tokenizer_changed or bool(base.new_token_ids),
             base_arguments=arguments.model,
+            fingerprint=base.fingerprint,
         ),
         run=run,
         early_stopping=None if patience is None else (patience, data.early_stopping_threshold),
