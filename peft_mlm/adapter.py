@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import AdapterError
-from peft_mlm.heads import plan_fresh_head, tied_parameters
+from peft_mlm.heads import outermost, plan_fresh_head, tied_parameters
 from peft_mlm.targets import as_pattern, check_pattern, resolve_modules_to_save, resolve_targets
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -71,7 +71,7 @@ def plan_lora(
     """
     head = plan_fresh_head(model, fresh_parameters)
     asked, notices = resolve_modules_to_save(model, arguments.modules_to_save)
-    trained = sorted({*head.modules, *asked})
+    trained = outermost([*head.modules, *asked])
     targets = resolve_targets(model, arguments, without=trained)
     if head.modules:
         notices.append(

@@ -17,7 +17,7 @@ def render_card(facts: Mapping[str, Any]) -> str:
             `base_revision` (its commit on the hub, or None), `base_on_hub` (bool), `method`, `trained_modules`,
             `trainable_parameters`, `total_parameters`, `data` (one line), `rows`, `steps`, `max_seq_length`,
             `mlm_probability`, `base` and `adapted` (records with perplexity, accuracy, masked_tokens; or None),
-            `new_tokens` (how many were added), `versions`.
+            `new_tokens` (how many were added), `untied` (whether the decoder was given a matrix of its own), `versions`.
 
     Returns:
         Markdown with the hub's metadata on top; no local path and no token in it.
@@ -101,6 +101,12 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()',
         ]
     lines += ["```python", *code, "```", ""]
+    if facts["kind"] == "adapter" and facts["untied"]:
+        lines += [
+            "The decoder was given a matrix of its own (`--untie_embeddings`). PEFT's `merge_and_unload` on the tied base "
+            "would change both ends, or lose the decoder's bias: merge as below.",
+            "",
+        ]
     if facts["kind"] == "adapter":
         lines += ['Or `peft-mlm fill-mask THIS_FOLDER "..."`, `peft-mlm merge THIS_FOLDER --output_dir merged`.', ""]
     return lines

@@ -28,6 +28,7 @@ from transformers.utils.hub import extract_commit_hash
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
+from peft_mlm.untying import keep_apart, keep_ties_of_checkpoint, untie_embeddings
 from peft_mlm.vocabulary import fit_vocabulary, vocabulary_size
 
 NAMES_SHOWN = 8
@@ -88,6 +89,7 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
             f"({_list(encoder_missing)}): they would start at random. Give a complete checkpoint, or train from "
             f"scratch with --config_name {name} --tokenizer_name {name}."
         )
+    notices = [sentence for sentence in [keep_ties_of_checkpoint(model)] if sentence]
     base = Base(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -95,8 +97,10 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
         revision=revision,
         fresh_parameters=tuple(fresh),
         tokenizer_changed=arguments.tokenizer_name not in (None, name),
+        notices=tuple(notices),
     )
-    return _with_rows_for_tokenizer(_check_own_tokenizer(base, arguments), may_grow=may_grow)
+    base = _with_rows_for_tokenizer(_check_own_tokenizer(base, arguments), may_grow=may_grow)
+    return _with_own_decoder(base, arguments)
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -138,6 +142,18 @@ def _with_rows_for_tokenizer(base: Base, *, may_grow: bool) -> Base:
         return base
     notice = f"The tokenizer has {len(new)} tokens more than the model's vocabulary of {rows}: rows were added."
     return replace(base, new_token_ids=new, notices=(*base.notices, notice))
+
+
+def _with_own_decoder(base: Base, arguments: ModelArguments) -> Base:
+    """Cut the tie between embeddings and decoder if asked to; keep apart what a growing vocabulary tied anew."""
+    if not arguments.untie_embeddings:
+        if not getattr(base.model.config, "tie_word_embeddings", False):
+            keep_apart(base.model)
+        return base
+    if untie_embeddings(base.model):
+        return base
+    notice = "--untie_embeddings changes nothing: the decoder of this model is not tied to its embeddings."
+    return replace(base, notices=(*base.notices, notice))
 
 
 def published_name(name_or_path: str | None) -> str | None:
@@ -291,7 +307,7 @@ def _build_from_scratch(arguments: ModelArguments) -> Base:
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         raise ModelError(f"Cannot make a {config.model_type} model of this config: {error}") from error
     base = Base(model=model.eval(), tokenizer=tokenizer, name_or_path=None, tokenizer_changed=True)
-    return replace(_with_rows_for_tokenizer(base, may_grow=True), new_token_ids=())
+    return _with_own_decoder(replace(_with_rows_for_tokenizer(base, may_grow=True), new_token_ids=()), arguments)
 
 
 def _take_from_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
