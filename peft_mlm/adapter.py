@@ -75,11 +75,11 @@ def plan_lora(
     targets = resolve_targets(model, arguments, without=trained)
     if head.modules:
         notices.append(
-            f"The checkpoint has no masked LM head of its own: {', '.join(head.modules)} start fresh, are trained in "
-            "full and shipped with the adapter."
+            f"The checkpoint has no masked LM head of its own, or not all of it: {', '.join(head.modules)} are trained "
+            "in full and shipped with the adapter."
         )
     if head.left_at_zero:
-        notices.append(f"{', '.join(head.left_at_zero)} (bound to the tied decoder) stays at zero.")
+        notices.append(f"{', '.join(head.left_at_zero)} (bound to the decoder's matrix) stays at zero.")
     if new_token_ids and id(model.get_input_embeddings().weight) not in tied_parameters(model):
         notices.append(
             "The decoder of this model is not tied to its embeddings: new tokens can be read, but their rows in the "
