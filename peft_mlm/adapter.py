@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import AdapterError
 from peft_mlm.heads import outermost, plan_fresh_head, tied_parameters
@@ -135,7 +136,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     Raises:
         AdapterError: The folder holds no adapter in safetensors, or one for another model.
     """
-    check_adapter_folder(folder)
+    rows = model.get_input_embeddings().weight.shape[0]
+    check_adapter_fits(folder, ADAPTER_WEIGHTS, check_adapter_folder(folder), model, rows=rows)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

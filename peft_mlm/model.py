@@ -99,6 +99,26 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
     return _with_own_decoder(base, arguments)
 
 
+def load_outline(arguments: ModelArguments) -> PreTrainedModel | None:
+    """Build the base model without weights, to look at its modules and their shapes.
+
+    Args:
+        arguments: Names, revision, token.
+
+    Returns:
+        The model, its parameters on the meta device; None where it has code of its own.
+
+    Raises:
+        ModelError: There is no such model, or it is no masked LM.
+    """
+    if arguments.model_name_or_path is None or arguments.trust_remote_code:
+        return None
+    config = _load_config(arguments.model_name_or_path, arguments)
+    with _loading("model", arguments.model_name_or_path), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForMaskedLM.from_config(config)
+    return model
+
+
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `tokenizer_name`, or else the base model's own.
 
