@@ -90,7 +90,7 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
     elif facts["new_tokens"] or facts["renamed"]:
         why = f"It adds {facts['new_tokens']} tokens, with which PEFT alone would leave out the decoder's bias."
         if facts["renamed"]:
-            why = "The base's weights have names that transformers does not look for: alone it would start them at random."
+            why = "The base's weights have names that transformers does not know: alone it would start them at random."
         lines += [why, ""]
         given = "" if facts["base_on_hub"] else f', base="{base}"'
         code = ["import peft_mlm", "", f'model = peft_mlm.load("THIS_FOLDER"{given}).model']
@@ -105,8 +105,8 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
     lines += ["```python", *code, "```", ""]
     if facts["kind"] == "adapter" and facts["untied"]:
         lines += [
-            "The decoder was given a matrix of its own (`--untie_embeddings`). PEFT's `merge_and_unload` on the tied base "
-            "would change both ends, or lose the decoder's bias: merge as below.",
+            "The decoder was given a matrix of its own (`--untie_embeddings`). PEFT's `merge_and_unload` on the tied "
+            "base would change both ends, or lose the decoder's bias: merge as below.",
             "",
         ]
     if facts["kind"] == "adapter":

@@ -1,6 +1,6 @@
 """A checkpoint whose masked LM head, or all of it, stands under other names: found by role and shape, and renamed.
 
-A head here is: a dense layer, an activation, a norm, and a decoder (a matrix that is mostly the embeddings, and a bias).
+A head here is: a dense layer, an activation, a norm, and a decoder (a matrix, mostly the embeddings', and a bias).
 Libraries name these parts differently. Only names of masked LM heads are in the table below; a discriminator's head, a
 classifier's, a pooler or a next-sentence head is never taken for one, however alike its shapes are. What cannot be told
 for sure is left alone and said.
@@ -60,7 +60,18 @@ HEADS: dict[str, dict[str, str]] = {
     },
 }
 # Names that libraries put before a whole model, or before a head, without changing it.
-WRAPPERS = ("module", "model", "_orig_mod", "base_model", "auto_model", "transformer", "backbone", "net", "encoder", "0")
+WRAPPERS = (
+    "module",
+    "model",
+    "_orig_mod",
+    "base_model",
+    "auto_model",
+    "transformer",
+    "backbone",
+    "net",
+    "encoder",
+    "0",
+)
 KINDS = {"weight": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}
 # Tensors that a masked LM has no use for, found in many good checkpoints.
 NOT_OF_A_MASKED_LM = re.compile(

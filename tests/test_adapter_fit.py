@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ from peft_mlm.errors import AdapterError
 from peft_mlm.loading import load
 from peft_mlm.model import load_base, load_outline
 from tests.tiny import MODEL_TYPES, letter_tokenizer, save_base, tiny_model
+
+
+def lora(**options: Any) -> PEFTArguments:
+    return PEFTArguments(use_lora=True, **options)
 
 
 def make_adapter(folder: Path, model_type: str = "roberta", **options: object) -> Path:
@@ -120,7 +125,7 @@ def test_an_embedding_of_another_vocabulary_is_refused(option: str, tmp_path: Pa
     base = save_base(tmp_path / "base", "bert")
     arguments = ModelArguments(model_name_or_path=str(base), untie_embeddings=True)
     model = load_base(arguments).model
-    plan = plan_lora(model, PEFTArguments(use_lora=True, **{option: ["word_embeddings"]}))
+    plan = plan_lora(model, lora(**{option: ["word_embeddings"]}))
     save_adapter(wrap(model, plan), tmp_path / "adapter", base_name="base")
     other = without_weights(tmp_path / "other", "bert", vocab_size=31)
     with pytest.raises(AdapterError, match="is for a layer of size 25, the base has 31"):

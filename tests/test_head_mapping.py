@@ -22,17 +22,17 @@ from peft_mlm.model import Base, load_base
 from tests.tiny import MODEL_TYPES, letter_tokenizer, perturb, save_base, tiny_model
 
 IDS = torch.tensor([[0, 5, 9, 4, 13, 4, 20, 2], [0, 6, 4, 8, 8, 17, 24, 2]])
-# The same head by the names of each family: dense, norm, bias of the decoder, its matrix.
+# The same head by the names of each family: dense, norm, bias of the decoder.
 SPELLINGS = {
-    "BERT": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias", "cls.predictions.decoder.weight"),
-    "RoBERTa": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder.weight"),
-    "fairseq": ("encoder.lm_head.dense", "encoder.lm_head.layer_norm", "encoder.lm_head.bias", "encoder.lm_head.weight"),
-    "ALBERT": ("predictions.dense", "predictions.LayerNorm", "predictions.bias", "predictions.decoder.weight"),
-    "ELECTRA": ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias", "generator_lm_head.weight"),
-    "DistilBERT": ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias", "vocab_projector.weight"),
-    "DeBERTa": ("lm_predictions.lm_head.dense", "lm_predictions.lm_head.LayerNorm", "lm_predictions.lm_head.bias", "lm_predictions.lm_head.decoder.weight"),
-    "wrapped": ("module.model.lm_head.dense", "module.model.lm_head.layer_norm", "module.model.lm_head.bias", "module.model.lm_head.decoder.weight"),
-}  # fmt: skip
+    "BERT": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
+    "RoBERTa": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+    "fairseq": ("encoder.lm_head.dense", "encoder.lm_head.layer_norm", "encoder.lm_head.bias"),
+    "ALBERT": ("predictions.dense", "predictions.LayerNorm", "predictions.bias"),
+    "ELECTRA": ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"),
+    "DistilBERT": ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
+    "DeBERTa": ("lm_predictions.lm_head.dense", "lm_predictions.lm_head.LayerNorm", "lm_predictions.lm_head.bias"),
+    "wrapped": ("module.model.lm_head.dense", "module.model.lm_head.layer_norm", "module.model.lm_head.bias"),
+}
 BERT_HEAD = {
     "cls.predictions.transform.dense": "lm_head.dense",
     "cls.predictions.transform.LayerNorm": "lm_head.layer_norm",
@@ -42,7 +42,8 @@ BERT_HEAD = {
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+        given: torch.Tensor = model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    return given
 
 
 def load(folder: Path, **changes: object) -> Base:
@@ -65,7 +66,7 @@ def rename(folder: Path, names: dict[str, str]) -> None:
         starts = sorted((start for start in names if name.startswith(start)), key=len)
         return names[starts[-1]] + name.removeprefix(starts[-1]) if starts else name
 
-    rewrite(folder, lambda tensors: {new(name): tensor for name, tensor in tensors.items()})
+    rewrite(folder, lambda t: {new(name): tensor for name, tensor in t.items()})
 
 
 def head_names(folder: Path, model_type: str) -> dict[str, str]:
@@ -93,7 +94,7 @@ def test_a_head_of_another_family_is_loaded_by_role(model_type: str, spelling: s
     """Each type's own head, written down by the names of another family."""
     folder = save_base(tmp_path / "base", model_type)
     expected = plain_logits(folder)
-    dense, norm, bias, _ = SPELLINGS[spelling]
+    dense, norm, bias = SPELLINGS[spelling]
     theirs = {"dense": dense, "norm": norm}
     names = {
         name: bias if part == "bias" else f"{theirs[part]}.{name.rpartition('.')[2]}"
@@ -128,7 +129,7 @@ def test_a_model_with_a_mapped_head_is_saved_and_merged_under_its_own_names(mode
     """transformers' own renaming at load is turned round at saving, so that the head would be lost again."""
     folder = save_base(tmp_path / "base", model_type)
     own_names = set(load_file(folder / "model.safetensors"))
-    rename(folder, {ours: theirs for ours, theirs in BERT_HEAD.items()})
+    rename(folder, BERT_HEAD)
     rename(folder, {"cls.predictions.transform.layer_norm": "lm_head.layer_norm"})
     base = load(folder)
     base.model.save_pretrained(tmp_path / "saved")
@@ -145,7 +146,10 @@ def test_old_names_of_a_norm_and_a_second_copy_of_the_bias_are_understood(tmp_pa
     folder = save_base(tmp_path / "base", "bert")
     expected = plain_logits(folder)
     rename(folder, BERT_HEAD)
-    rename(folder, {"lm_head.layer_norm.weight": "lm_head.LayerNorm.gamma", "lm_head.layer_norm.bias": "lm_head.LayerNorm.beta"})
+    rename(
+        folder,
+        {"lm_head.layer_norm.weight": "lm_head.LayerNorm.gamma", "lm_head.layer_norm.bias": "lm_head.LayerNorm.beta"},
+    )
     rewrite(folder, lambda t: {**t, "lm_head.decoder.bias": t["lm_head.bias"].clone()})
     assert torch.equal(logits(load(folder).model), expected)
 
@@ -165,32 +169,49 @@ def test_the_matrix_of_a_mapped_head_stays_apart_if_it_is_another_than_the_embed
     assert torch.allclose(logits(apart.model) - bias, (logits(tied.model) - bias) * 2, atol=1e-4)
 
 
+def tensors(**modules: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of weight and bias (or of one of them, if it is named) of modules, `__` for a dot."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, shape in modules.items():
+        name = module.replace("__", ".")
+        if name.endswith((".weight", ".bias")):
+            shapes[name] = shape
+        else:
+            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
+
+
+LM_HEAD = {"lm_head__dense": (32, 32), "lm_head__layer_norm": (32,)}
 NOT_MASKED_LM_HEADS = {
-    "discriminator": {"discriminator_predictions.dense.weight": (32, 32), "discriminator_predictions.dense.bias": (32,), "discriminator_predictions.dense_prediction.weight": (1, 32), "discriminator_predictions.dense_prediction.bias": (1,)},
-    "replaced token detection": {"mask_predictions.dense.weight": (32, 32), "mask_predictions.dense.bias": (32,), "mask_predictions.LayerNorm.weight": (32,), "mask_predictions.LayerNorm.bias": (32,), "mask_predictions.classifier.weight": (1, 32), "mask_predictions.classifier.bias": (1,)},
-    "classifier": {"classifier.dense.weight": (32, 32), "classifier.dense.bias": (32,), "classifier.norm.weight": (32,), "classifier.norm.bias": (32,), "classifier.out_proj.weight": (25, 32), "classifier.out_proj.bias": (25,)},
-    "pooler": {"bert.pooler.dense.weight": (32, 32), "bert.pooler.dense.bias": (32,)},
-    "next sentence": {"cls.seq_relationship.weight": (2, 32), "cls.seq_relationship.bias": (2,)},
-    "regression of 25 values": {"regression.dense.weight": (32, 32), "regression.dense.bias": (32,), "regression.LayerNorm.weight": (32,), "regression.LayerNorm.bias": (32,), "regression.decoder.weight": (25, 32), "regression.decoder.bias": (25,)},
-    "ModernBERT's classifier": {"head.dense.weight": (32, 32), "head.dense.bias": (32,), "head.norm.weight": (32,), "head.norm.bias": (32,), "classifier.weight": (25, 32), "classifier.bias": (25,)},
-    "head without a bias": {"lm_head.dense.weight": (32, 32), "lm_head.dense.bias": (32,), "lm_head.layer_norm.weight": (32,), "lm_head.layer_norm.bias": (32,), "lm_head.decoder.weight": (25, 32)},
-    "head without a norm": {"lm_head.dense.weight": (32, 32), "lm_head.dense.bias": (32,), "lm_head.bias": (25,)},
-    "head of another width": {"lm_head.dense.weight": (16, 32), "lm_head.dense.bias": (16,), "lm_head.layer_norm.weight": (16,), "lm_head.layer_norm.bias": (16,), "lm_head.bias": (25,)},
-    "head with more parts": {"lm_head.dense.weight": (32, 32), "lm_head.dense.bias": (32,), "lm_head.layer_norm.weight": (32,), "lm_head.layer_norm.bias": (32,), "lm_head.bias": (25,), "lm_head.decoder.bias": (25,)},
-}  # fmt: skip
+    "discriminator": tensors(
+        discriminator_predictions__dense=(32, 32), discriminator_predictions__dense_prediction=(1, 32)
+    ),
+    "replaced token detection": tensors(
+        mask_predictions__dense=(32, 32), mask_predictions__LayerNorm=(32,), mask_predictions__classifier=(1, 32)
+    ),
+    "classifier": tensors(classifier__dense=(32, 32), classifier__norm=(32,), classifier__out_proj=(25, 32)),
+    "pooler": tensors(bert__pooler__dense=(32, 32)),
+    "next sentence": tensors(cls__seq_relationship=(2, 32)),
+    "regression of 25 values": tensors(
+        regression__dense=(32, 32), regression__LayerNorm=(32,), regression__decoder=(25, 32)
+    ),
+    "ModernBERT's classifier": tensors(head__dense=(32, 32), head__norm=(32,), classifier=(25, 32)),
+    "head without a bias": tensors(**LM_HEAD, lm_head__decoder__weight=(25, 32)),
+    "head without a norm": tensors(lm_head__dense=(32, 32), lm_head__bias=(25,)),
+    "head of another width": tensors(lm_head__dense=(16, 32), lm_head__layer_norm=(16,), lm_head__bias=(25,)),
+    "head with more parts": tensors(**LM_HEAD, lm_head__bias=(25,), lm_head__decoder__bias=(25,)),
+}
 
 
 @pytest.mark.parametrize("kind", NOT_MASKED_LM_HEADS)
 @pytest.mark.parametrize("model_type", ["bert", "electra", "esm"])
-def test_what_is_no_complete_masked_lm_head_is_never_taken_for_one(
-    kind: str, model_type: str, tmp_path: Path
-) -> None:
+def test_what_is_no_complete_masked_lm_head_is_never_taken_for_one(kind: str, model_type: str, tmp_path: Path) -> None:
     folder = save_base(tmp_path / "base", model_type)
     own = head_names(folder, model_type)
     if own.keys() & NOT_MASKED_LM_HEADS[kind].keys():
         return  # these are that type's own names
     extra = {name: torch.randn(shape) for name, shape in NOT_MASKED_LM_HEADS[kind].items()}
-    rewrite(folder, lambda tensors: {name: t for name, t in tensors.items() if name not in own} | extra)
+    rewrite(folder, lambda t: {name: tensor for name, tensor in t.items() if name not in own} | extra)
     base = load(folder)
     assert set(base.fresh_parameters) == set(own)
     assert not base.renamed_weights
@@ -203,7 +224,7 @@ def test_a_head_that_does_not_fit_is_named_with_the_reason(kind: str, tmp_path: 
     folder = save_base(tmp_path / "base", "bert")
     own = head_names(folder, "bert")
     extra = {name: torch.randn(shape) for name, shape in NOT_MASKED_LM_HEADS[kind].items()}
-    rewrite(folder, lambda tensors: {name: t for name, t in tensors.items() if name not in own} | extra)
+    rewrite(folder, lambda t: {name: tensor for name, tensor in t.items() if name not in own} | extra)
     said = " ".join(load(folder).notices)
     reason = {
         "head without a bias": "it has no decoder.bias",
@@ -226,7 +247,12 @@ def test_of_two_heads_none_is_taken(tmp_path: Path) -> None:
 def test_a_head_that_stands_partly_under_the_models_own_names_is_not_mixed(tmp_path: Path) -> None:
     folder = save_base(tmp_path / "base", "bert")
     dense = "cls.predictions.transform.dense.weight"
-    rewrite(folder, lambda t: t | {BERT_HEAD[k] + n.removeprefix(k): v + 1 for k in BERT_HEAD for n, v in t.items() if n.startswith(k)})
+    rewrite(
+        folder,
+        lambda t: (
+            t | {BERT_HEAD[k] + n.removeprefix(k): v + 1 for k in BERT_HEAD for n, v in t.items() if n.startswith(k)}
+        ),
+    )
     assert load(folder).notices == (
         f"{folder} holds weights that a bert masked LM has no place for: lm_head.bias, lm_head.dense.bias, "
         "lm_head.dense.weight, lm_head.layer_norm.bias, lm_head.layer_norm.weight.",
@@ -315,15 +341,15 @@ def test_a_checkpoint_in_several_files_is_read_by_its_index(tmp_path: Path) -> N
     folder = save_base(tmp_path / "base", "bert")
     expected = plain_logits(folder)
     rename(folder, BERT_HEAD)
-    tensors = load_file(folder / "model.safetensors")
+    held = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
+    names = sorted(held)
     files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, held in files.items():
-        save_file({name: tensors[name] for name in held}, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
+    for file, part in files.items():
+        save_file({name: held[name] for name in part}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert open_checkpoint(str(folder)).shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert open_checkpoint(str(folder)).shapes == {name: tuple(tensor.shape) for name, tensor in held.items()}
     assert torch.equal(logits(load(folder).model), expected)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,16 @@ FEW_TYPES = ("bert", "esm", "modernbert", "electra")
 
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+        given: torch.Tensor = model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    return given
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return (one - other).abs().max().item()
+
+
+def lora(**options: Any) -> PEFTArguments:
+    return PEFTArguments(use_lora=True, **options)
 
 
 def plain(folder: Path) -> PreTrainedModel:
@@ -82,7 +88,7 @@ def test_adapters_on_both_ends_of_an_untied_model_reload_and_merge_as_trained(mo
     assert torch.equal(logits(plain(tmp_path / "twice")), logits(merged))
 
 
-@pytest.mark.parametrize("model_type", FEW_TYPES)
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
 @pytest.mark.parametrize("option", ["lora_target_modules", "modules_to_save"])
 @pytest.mark.parametrize("end", [0, 1])
 def test_an_adapter_on_one_end_moves_that_end_alone(model_type: str, option: str, end: int, tmp_path: Path) -> None:
@@ -90,7 +96,7 @@ def test_an_adapter_on_one_end_moves_that_end_alone(model_type: str, option: str
     base = untied(folder)
     ends = both_ends(base.model)
     before = [base.model.get_submodule(name).weight.detach().clone() for name in ends]
-    model = wrap(base.model, plan_lora(base.model, PEFTArguments(use_lora=True, **{option: [ends[end]]})))
+    model = wrap(base.model, plan_lora(base.model, lora(**{option: [ends[end]]})))
     perturb(model)
     trained = logits(model)
     merge_adapter(model, letter_tokenizer(), tmp_path / "merged")
@@ -107,7 +113,7 @@ def test_on_the_tied_base_plain_peft_merges_wrong_what_it_loads_right(tmp_path: 
     for number, (option, end) in enumerate([("lora_target_modules", 0), ("modules_to_save", 0)]):
         base = untied(folder)
         name = both_ends(base.model)[end]
-        model = wrap(base.model, plan_lora(base.model, PEFTArguments(use_lora=True, **{option: [name]})))
+        model = wrap(base.model, plan_lora(base.model, lora(**{option: [name]})))
         perturb(model)
         trained = logits(model)
         save_adapter(model, tmp_path / str(number), base_name="base")
@@ -231,7 +237,7 @@ def test_a_model_that_computes_with_the_embeddings_themselves_is_not_untied_nor_
         untie_embeddings(model)
     for option in ("lora_target_modules", "modules_to_save"):
         with pytest.raises(AdapterError, match="tied"):
-            plan_lora(model, PEFTArguments(use_lora=True, **{option: ["word_embeddings"]}))
+            plan_lora(model, lora(**{option: ["word_embeddings"]}))
 
 
 def test_asking_whether_the_decoder_reads_the_embeddings_changes_nothing() -> None:
@@ -248,7 +254,7 @@ def test_a_tied_matrix_is_refused_with_the_remedy() -> None:
     for option in ("lora_target_modules", "modules_to_save"):
         for name in ("word_embeddings", "decoder"):
             with pytest.raises(AdapterError, match="--untie_embeddings"):
-                plan_lora(tiny_model("bert"), PEFTArguments(use_lora=True, **{option: [name]}))
+                plan_lora(tiny_model("bert"), lora(**{option: [name]}))
 
 
 def test_a_layer_that_no_prediction_depends_on_is_refused_and_left_out_of_a_common_name() -> None:
@@ -278,7 +284,7 @@ def test_the_recipe_beside_the_adapter_says_that_the_base_was_untied(base_folder
     )
     assert json.loads((run.run_folder / "adapter" / "base_recipe.json").read_text()) == {"untie_embeddings": True}
     loaded = load(str(run.run_folder))
-    assert not tied_parameters(loaded.model.get_base_model())  # type: ignore[operator]
+    assert not tied_parameters(loaded.model.get_base_model())
     assert torch.equal(logits(loaded.model), logits(run.model))
     assert difference(logits(loaded.model), logits(plain(base_folder))) > 1e-3
     figures = peft_mlm.evaluate(str(run.run_folder))
