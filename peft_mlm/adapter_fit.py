@@ -109,13 +109,7 @@ def _split(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, list[str]]
 
 
 def _wanted(rest: list[str], module: nn.Module, rows: int | None) -> dict[int, int | None]:
-    """Give the sizes that a tensor must have, by dimension; None where the number of rows is not known.
-
-    Args:
-        rest: Name of the tensor below the module.
-        module: The module of the base.
-        rows: Rows of the vocabulary if the module has a row for each token; else 0.
-    """
+    """Give the sizes that a tensor must have, by dimension; `rows` is 0 for a module without a row for each token."""
     parameter = module._parameters.get(rest[0])
     weight = module._parameters.get("weight")
     sizes = {}

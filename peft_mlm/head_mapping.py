@@ -175,17 +175,18 @@ def rename_checkpoint(model: PreTrainedModel, missing: Iterable[str], checkpoint
     return Renaming(names, " ".join(notices))
 
 
-def describe_unused(unexpected: Iterable[str], limit: int = 8) -> str:
+def describe_unused(unexpected: Iterable[str], *, all_of_them: bool, limit: int = 8) -> str:
     """Name what a checkpoint holds beyond the model.
 
     Args:
         unexpected: Names that loading had no place for.
+        all_of_them: Whether to name poolers, classifiers and the like too.
         limit: How many to name.
 
     Returns:
-        The names, without those of poolers, classifiers and the like; "" where there are none.
+        The names; "" where there are none.
     """
-    left = sorted(name for name in unexpected if not NOT_OF_A_MASKED_LM.search(name))
+    left = sorted(name for name in unexpected if all_of_them or not NOT_OF_A_MASKED_LM.search(name))
     shown = ", ".join(left[:limit])
     return shown if len(left) <= limit else f"{shown}, and {len(left) - limit} more"
 
@@ -237,11 +238,7 @@ def _rename_head(
 ) -> Renaming:
     """Find the one complete head of the checkpoint that fills what the model's head lacks.
 
-    Args:
-        model: The masked LM.
-        lacking: Names of its parameters that the checkpoint does not hold.
-        known: The checkpoint's names by what they are once a prefix is taken off.
-        checkpoint: What lies in the files.
+    `known` gives the checkpoint's names by what they are once a prefix is taken off.
     """
     places = dict(model.named_parameters(remove_duplicate=False))
     fresh = {id(places[name]) for name in lacking if name in places} - _encoder(model)

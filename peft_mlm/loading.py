@@ -124,7 +124,8 @@ def load_target(target: Target) -> Loaded:
         if base.fresh_parameters:
             raise ModelError(
                 f"{base.name_or_path} has no masked LM head of its own ({', '.join(base.fresh_parameters)} are not in "
-                "it): its predictions would be random. Train an adapter on it first; that trains a head too."
+                "it): its predictions would be random. Train an adapter on it first; that trains a head too. "
+                + " ".join(base.notices)
             )
         return Loaded(base.model, base.tokenizer, base)
     config = check_adapter_folder(target.adapter)

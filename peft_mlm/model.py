@@ -250,8 +250,8 @@ def _load_complete(
 ) -> tuple[PreTrainedModel, Renaming, tuple[str, ...], tuple[str, ...]]:
     """Load the weights, in a second pass those that stand under other names, and look at what is not there.
 
-    Returns:
-        The model, what was renamed, the head parameters that the checkpoint does not hold, sentences for the user.
+    What is given back: the model, what was renamed, the head parameters that the checkpoint does not hold, sentences
+    for the user.
     """
     model, loading = _load_weights(name, config, arguments)
     renaming = Renaming({})
@@ -263,7 +263,7 @@ def _load_complete(
             model, loading = _load_weights(name, config, arguments, renaming.patterns())
             vars(model).pop("_weight_conversions", None)  # else transformers would save under the checkpoint's names
     encoder_missing, fresh = _split_missing(model, sorted(set(loading["missing_keys"])))
-    unused = describe_unused(loading["unexpected_keys"])
+    unused = describe_unused(loading["unexpected_keys"], all_of_them=bool(encoder_missing or fresh))
     if encoder_missing:
         instead = f" It holds instead: {unused}." if unused else ""
         raise ModelError(

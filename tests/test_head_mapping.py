@@ -271,6 +271,8 @@ def test_real_checkpoints_with_another_head_stay_fresh(tmp_path: Path) -> None:
         base = load(folder)
         assert base.fresh_parameters
         assert not base.renamed_weights
+        told = {"electra": "discriminator_predictions.dense.weight", "modernbert": "classifier.weight"}[model_type]
+        assert any("no place for" in notice and told in notice for notice in base.notices)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "model.module.", "0.auto_model."])

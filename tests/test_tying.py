@@ -294,6 +294,28 @@ def test_the_recipe_beside_the_adapter_says_that_the_base_was_untied(base_folder
     merged = plain(tmp_path / "merged")
     assert difference(logits(merged), logits(run.model)) < 1e-5
     assert merged.config.tie_word_embeddings is False
+    (filled,) = peft_mlm.fill_mask(str(run.run_folder), "ABC<mask>EF")
+    ids = run.tokenizer("ABC<mask>EF", return_tensors="pt")
+    with torch.no_grad():
+        scores = run.model(**ids).logits[0, filled["masks"][0]["position"]].softmax(-1)
+    assert filled["masks"][0]["predictions"][0]["probability"] == pytest.approx(scores.max().item(), abs=1e-6)
     card = (run.run_folder / "adapter" / "README.md").read_text()
     assert "peft-mlm merge" in card
     assert "merge_and_unload" in card
+
+
+def test_a_whole_model_is_trained_untied_and_loaded_by_plain_transformers(base_folder: Path, tmp_path: Path) -> None:
+    import peft_mlm
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join("ABCDEFGHIJKLMNOP"[i % 5 :] for i in range(60)))
+    common: dict[str, Any] = {"train_file": text, "max_steps": 3, "learning_rate": 0.01, "untie_embeddings": True}
+    small = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32"
+    scratch = {"model_type": "bert", "tokenizer_name": base_folder, "config_overrides": small}
+    for name, base in (("base", {"model_name_or_path": base_folder}), ("scratch", scratch)):
+        run = peft_mlm.train({**common, **base, "output_dir": tmp_path / name})
+        model = plain(run.run_folder / "model")
+        assert model.config.tie_word_embeddings is False
+        assert not tied_parameters(model)
+        assert difference(model.get_input_embeddings().weight, model.get_output_embeddings().weight) > 1e-3
+        assert torch.equal(logits(model), logits(run.model))
