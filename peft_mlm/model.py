@@ -162,11 +162,11 @@ def _with_rows_for_tokenizer(base: Base, *, may_grow: bool) -> Base:
 
 def _with_own_decoder(base: Base, arguments: ModelArguments) -> Base:
     """Cut the tie between embeddings and decoder if asked to; keep apart what a growing vocabulary tied anew."""
-    if not arguments.untie_embeddings:
-        if not getattr(base.model.config, "tie_word_embeddings", False):
-            keep_apart(base.model)
+    if arguments.untie_embeddings and untie_embeddings(base.model):
         return base
-    if untie_embeddings(base.model):
+    if not getattr(base.model.config, "tie_word_embeddings", False):
+        keep_apart(base.model)
+    if not arguments.untie_embeddings:
         return base
     notice = "--untie_embeddings changes nothing: the decoder of this model is not tied to its embeddings."
     return replace(base, notices=(*base.notices, notice))

@@ -85,20 +85,22 @@ def untie_embeddings(model: PreTrainedModel) -> bool:
         model: The masked LM; it is changed in place, not what it computes.
 
     Returns:
-        Whether anything was tied.
+        Whether the decoder shared anything.
 
     Raises:
         ModelError: The model has no decoder that could hold a matrix: it calls the embedding matrix itself.
     """
     decoder = model.get_output_embeddings()
-    was_tied = decoder is not None and id(decoder.weight) in tied_parameters(model)
-    if not was_tied and decoder_reads_embeddings(model):
+    tied = tied_parameters(model)
+    if decoder is not None and any(id(parameter) in tied for parameter in decoder.parameters(recurse=False)):
+        keep_apart(model)
+        return True
+    if decoder_reads_embeddings(model):
         raise ModelError(
             f"This {model.config.model_type} model computes its logits from the embedding matrix itself and has no "
             "decoder that could be given a matrix of its own. Leave --untie_embeddings out."
         )
-    keep_apart(model)
-    return was_tied
+    return False
 
 
 def keep_apart(model: PreTrainedModel) -> None:
