@@ -257,7 +257,7 @@ def test_a_tied_matrix_is_refused_with_the_remedy() -> None:
                 plan_lora(tiny_model("bert"), lora(**{option: [name]}))
 
 
-def test_a_layer_that_no_prediction_depends_on_is_refused_and_left_out_of_a_common_name() -> None:
+def test_a_layer_that_no_prediction_depends_on_is_refused() -> None:
     model = tiny_model("mobilebert", intra_bottleneck_size=32, true_hidden_size=32)
     untie_embeddings(model)
     with pytest.raises(AdapterError, match=r"no prediction depends on the output of cls\.predictions\.decoder"):
