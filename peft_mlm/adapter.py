@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import AdapterError
-from peft_mlm.heads import plan_fresh_head, tied_parameters
+from peft_mlm.heads import outermost, plan_fresh_head, tied_parameters
 from peft_mlm.targets import as_pattern, check_pattern, resolve_modules_to_save, resolve_targets
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -71,15 +72,15 @@ def plan_lora(
     """
     head = plan_fresh_head(model, fresh_parameters)
     asked, notices = resolve_modules_to_save(model, arguments.modules_to_save)
-    trained = sorted({*head.modules, *asked})
+    trained = outermost([*head.modules, *asked])
     targets = resolve_targets(model, arguments, without=trained)
     if head.modules:
         notices.append(
-            f"The checkpoint has no masked LM head of its own: {', '.join(head.modules)} start fresh, are trained in "
-            "full and shipped with the adapter."
+            f"The checkpoint has no masked LM head of its own, or not all of it: {', '.join(head.modules)} are trained "
+            "in full and shipped with the adapter."
         )
     if head.left_at_zero:
-        notices.append(f"{', '.join(head.left_at_zero)} (bound to the tied decoder) stays at zero.")
+        notices.append(f"{', '.join(head.left_at_zero)} (bound to the decoder's matrix) stays at zero.")
     if new_token_ids and id(model.get_input_embeddings().weight) not in tied_parameters(model):
         notices.append(
             "The decoder of this model is not tied to its embeddings: new tokens can be read, but their rows in the "
@@ -135,7 +136,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     Raises:
         AdapterError: The folder holds no adapter in safetensors, or one for another model.
     """
-    check_adapter_folder(folder)
+    rows = model.get_input_embeddings().weight.shape[0]
+    check_adapter_fits(folder, ADAPTER_WEIGHTS, check_adapter_folder(folder), model, rows=rows)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -17,7 +17,9 @@ def render_card(facts: Mapping[str, Any]) -> str:
             `base_revision` (its commit on the hub, or None), `base_on_hub` (bool), `method`, `trained_modules`,
             `trainable_parameters`, `total_parameters`, `data` (one line), `rows`, `steps`, `max_seq_length`,
             `mlm_probability`, `base` and `adapted` (records with perplexity, accuracy, masked_tokens; or None),
-            `new_tokens` (how many were added), `versions`.
+            `renamed` (whether the base's weights have other names than transformers looks for), `new_tokens` (how many
+            were added), `untied` (whether the decoder was given a matrix of its own),
+            `versions`.
 
     Returns:
         Markdown with the hub's metadata on top; no local path and no token in it.
@@ -85,11 +87,11 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
     pinned = f', revision="{facts["base_revision"]}"' if facts["base_revision"] else ""
     if facts["kind"] == "model":
         code = ["from transformers import pipeline", "", 'fill = pipeline("fill-mask", model="THIS_FOLDER")']
-    elif facts["new_tokens"]:
-        lines += [
-            f"It adds {facts['new_tokens']} tokens, with which PEFT alone would leave out the decoder's bias.",
-            "",
-        ]
+    elif facts["new_tokens"] or facts["renamed"]:
+        why = f"It adds {facts['new_tokens']} tokens, with which PEFT alone would leave out the decoder's bias."
+        if facts["renamed"]:
+            why = "The base's weights have names that transformers does not know: alone it would start them at random."
+        lines += [why, ""]
         given = "" if facts["base_on_hub"] else f', base="{base}"'
         code = ["import peft_mlm", "", f'model = peft_mlm.load("THIS_FOLDER"{given}).model']
     else:
@@ -101,6 +103,12 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()',
         ]
     lines += ["```python", *code, "```", ""]
+    if facts["kind"] == "adapter" and facts["untied"]:
+        lines += [
+            "The decoder was given a matrix of its own (`--untie_embeddings`). PEFT's `merge_and_unload` on the tied "
+            "base would change both ends, or lose the decoder's bias: merge as below.",
+            "",
+        ]
     if facts["kind"] == "adapter":
         lines += ['Or `peft-mlm fill-mask THIS_FOLDER "..."`, `peft-mlm merge THIS_FOLDER --output_dir merged`.', ""]
     return lines

@@ -24,7 +24,7 @@ class FreshHead:
 
     Attributes:
         modules: Names of the modules to train in full and to ship with the adapter.
-        left_at_zero: Names of parameters that stay as they start, at zero: biases bound to a tied decoder.
+        left_at_zero: Names of parameters that stay as they start, at zero: biases bound to the decoder's matrix.
     """
 
     modules: tuple[str, ...]
@@ -45,15 +45,32 @@ def untied_modules(model: nn.Module, name: str) -> list[str]:
         name: Full name of one of its modules.
 
     Returns:
-        Full names of the smallest modules below (or at) `name` whose parameters are all their own.
+        The module itself where none of its parameters is tied; else the full names of the smallest modules below it
+        whose parameters are all their own.
     """
     tied = tied_parameters(model)
+    parameters = list(model.get_submodule(name).parameters())
+    if parameters and not any(id(parameter) in tied for parameter in parameters):
+        return [name]
     found = []
     for below, module in model.get_submodule(name).named_modules():
         own = list(module.parameters(recurse=False))
         if own and not any(module.children()) and not any(id(parameter) in tied for parameter in own):
             found.append(f"{name}.{below}" if below else name)
     return found
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """Leave out the modules that lie inside another one of the list.
+
+    Args:
+        names: Full names of modules.
+
+    Returns:
+        The others, sorted.
+    """
+    every = sorted(set(names))
+    return [name for name in every if not any(name.startswith(f"{other}.") for other in every)]
 
 
 def plan_fresh_head(model: PreTrainedModel, fresh_parameters: Iterable[str]) -> FreshHead:
@@ -64,22 +81,27 @@ def plan_fresh_head(model: PreTrainedModel, fresh_parameters: Iterable[str]) -> 
         fresh_parameters: Names of the parameters that the checkpoint did not bring.
 
     Returns:
-        The modules to train and ship; and the biases that share a module with a tied matrix: these can't be shipped
-        by PEFT without a copy of the whole matrix, and stay at their zero, which every load gives again.
+        The modules to train and ship; and the biases that share a module with the decoder's matrix: these can't be
+        shipped by PEFT without a copy of the whole matrix, and stay at their zero, which every load gives again.
 
     Raises:
         AdapterError: A fresh parameter is neither in a module of its own nor zero.
     """
+    fresh = set(fresh_parameters)
     tied = tied_parameters(model)
+    decoder = model.get_output_embeddings()
     modules: set[str] = set()
     left = []
-    for name in sorted(fresh_parameters):
+    for name in sorted(fresh):
         owner, _, _ = name.rpartition(".")
         module = model.get_submodule(owner)
         leaf = not any(module.children())
-        if leaf and not any(id(parameter) in tied for parameter in module.parameters()):
+        at_zero = torch.count_nonzero(model.get_parameter(name)) == 0
+        # A whole matrix is not shipped for a bias that every load starts at zero.
+        costly = module is decoder and f"{owner}.weight" not in fresh and at_zero
+        if leaf and not costly and not any(id(parameter) in tied for parameter in module.parameters()):
             modules.add(owner)
-        elif torch.count_nonzero(model.get_parameter(name)) == 0:
+        elif at_zero:
             left.append(name)
         else:
             raise AdapterError(

@@ -6,20 +6,22 @@ merged model) belongs to that run. The base's vocabulary is made as long as the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from peft_mlm.adapter import ADAPTER_CONFIG, check_adapter_folder, load_adapter
+from peft_mlm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder, load_adapter
+from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import BASE_RECIPE, with_base_recipe
 from peft_mlm.config import Arguments, read_arguments
 from peft_mlm.errors import AdapterError, ModelError
 from peft_mlm.fingerprint import BASE_FINGERPRINT, changed_weights, misfits, read_fingerprint
-from peft_mlm.model import Base, load_base
+from peft_mlm.model import Base, load_base, load_outline
 from peft_mlm.run_folder import RunFolder, is_run_folder
 
 FILES_OF_ADAPTER = (
@@ -30,6 +32,7 @@ FILES_OF_ADAPTER = (
     BASE_FINGERPRINT,
 )
 Part = Literal["adapted", "base"]
+Loads = TypeVar("Loads")
 
 
 @dataclass(frozen=True)
@@ -130,13 +133,18 @@ def load_target(target: Target, *, any_base: bool = False) -> Loaded:
         if base.fresh_parameters:
             raise ModelError(
                 f"{base.name_or_path} has no masked LM head of its own ({', '.join(base.fresh_parameters)} are not in "
-                "it): its predictions would be random. Train an adapter on it first; that trains a head too."
+                "it): its predictions would be random. Train an adapter on it first; that trains a head too. "
+                + " ".join(base.notices)
             )
         return Loaded(base.model, base.tokenizer, base)
-    check_adapter_folder(target.adapter)
+    config = check_adapter_folder(target.adapter)
     with_tokenizer = (target.adapter / "tokenizer_config.json").is_file()
     arguments = with_base_recipe(target.base, target.adapter)
     arguments = replace(arguments, tokenizer_name=str(target.adapter)) if with_tokenizer else arguments
+    outline = _of_base(target, arguments, load_outline)
+    if outline is not None:
+        rows = None if with_tokenizer else outline.get_input_embeddings().weight.shape[0]
+        check_adapter_fits(target.adapter, ADAPTER_WEIGHTS, config, outline, rows=rows)
     base = _load_base(target, arguments, may_grow=with_tokenizer)
     check_base(target.adapter, base, any_base=any_base)
     adapted = load_adapter(base.model, target.adapter).eval()
@@ -186,11 +194,16 @@ def load(name_or_path: str, *, base: str | None = None, any_base: bool = False) 
 
 
 def _load_base(target: Target, arguments: ModelArguments, *, may_grow: bool) -> Base:
+    return _of_base(target, arguments, lambda named: load_base(named, may_grow=may_grow))
+
+
+def _of_base(target: Target, arguments: ModelArguments, load: Callable[[ModelArguments], Loads]) -> Loads:
+    """Load (something of) the base; where it is not found, say who named it."""
     name = arguments.model_name_or_path
     if name is not None and name.startswith("~"):
         name = str(Path(name).expanduser())
     try:
-        return load_base(replace(arguments, model_name_or_path=name), may_grow=may_grow)
+        return load(replace(arguments, model_name_or_path=name))
     except ModelError as error:
         if target.kind == "model" or (name is not None and Path(name).exists()):
             raise

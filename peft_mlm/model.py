@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,6 +30,8 @@ from peft_mlm.arguments import ModelArguments
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
 from peft_mlm.fingerprint import base_fingerprint
+from peft_mlm.head_mapping import Renaming, describe_unused, open_checkpoint, rename_checkpoint
+from peft_mlm.untying import keep_apart, keep_ties_of_checkpoint, untie_embeddings
 from peft_mlm.vocabulary import fit_vocabulary, vocabulary_size
 
 NAMES_SHOWN = 8
@@ -44,6 +47,7 @@ class Base:
         name_or_path: Hub name or folder it was loaded from; None when made from scratch.
         revision: Commit on the hub, where it came from there.
         fresh_parameters: Head parameters that the checkpoint does not hold, so that they start at random or zero.
+        renamed_weights: Whether weights were found under other names than transformers looks for.
         new_token_ids: Ids that the checkpoint's vocabulary does not hold; their rows are new.
         tokenizer_changed: Whether the tokenizer is another than the one that lies with the base model.
         fingerprint: What tells this base from others of the same shapes (`fingerprint.base_fingerprint`).
@@ -55,6 +59,7 @@ class Base:
     name_or_path: str | None
     revision: str | None = None
     fresh_parameters: tuple[str, ...] = ()
+    renamed_weights: bool = False
     new_token_ids: tuple[int, ...] = ()
     tokenizer_changed: bool = False
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
@@ -82,25 +87,40 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
     config = _load_config(name, arguments)
     revision = _hub_commit(name, arguments)
     tokenizer = load_tokenizer(arguments)
-    model, loading = _load_weights(name, config, arguments)
-    missing = sorted(set(loading["missing_keys"]))
-    encoder_missing, fresh = _split_missing(model, missing)
-    if encoder_missing:
-        raise ModelError(
-            f"{name} lacks {len(encoder_missing)} weights of the encoder of a {config.model_type} model "
-            f"({_list(encoder_missing)}): they would start at random. Give a complete checkpoint, or train from "
-            f"scratch with --config_name {name} --tokenizer_name {name}."
-        )
+    model, renaming, fresh, notices = _load_complete(name, config, arguments)
     base = Base(
         model=model.eval(),
         tokenizer=tokenizer,
         name_or_path=name,
         revision=revision,
-        fresh_parameters=tuple(fresh),
+        fresh_parameters=fresh,
+        renamed_weights=bool(renaming.names),
         tokenizer_changed=arguments.tokenizer_name not in (None, name),
         fingerprint=base_fingerprint(model, without=fresh),
+        notices=notices,
     )
-    return _with_rows_for_tokenizer(_check_own_tokenizer(base, arguments), may_grow=may_grow)
+    base = _with_rows_for_tokenizer(_check_own_tokenizer(base, arguments), may_grow=may_grow)
+    return _with_own_decoder(base, arguments)
+
+
+def load_outline(arguments: ModelArguments) -> PreTrainedModel | None:
+    """Build the base model without weights, to look at its modules and their shapes.
+
+    Args:
+        arguments: Names, revision, token.
+
+    Returns:
+        The model, its parameters on the meta device; None where it has code of its own.
+
+    Raises:
+        ModelError: There is no such model, or it is no masked LM.
+    """
+    if arguments.model_name_or_path is None or arguments.trust_remote_code:
+        return None
+    config = _load_config(arguments.model_name_or_path, arguments)
+    with _loading("model", arguments.model_name_or_path), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForMaskedLM.from_config(config)
+    return model
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -142,6 +162,18 @@ def _with_rows_for_tokenizer(base: Base, *, may_grow: bool) -> Base:
         return base
     notice = f"The tokenizer has {len(new)} tokens more than the model's vocabulary of {rows}: rows were added."
     return replace(base, new_token_ids=new, notices=(*base.notices, notice))
+
+
+def _with_own_decoder(base: Base, arguments: ModelArguments) -> Base:
+    """Cut the tie between embeddings and decoder if asked to; keep apart what a growing vocabulary tied anew."""
+    if arguments.untie_embeddings and untie_embeddings(base.model):
+        return base
+    if not getattr(base.model.config, "tie_word_embeddings", False):
+        keep_apart(base.model)
+    if not arguments.untie_embeddings:
+        return base
+    notice = "--untie_embeddings changes nothing: the decoder of this model is not tied to its embeddings."
+    return replace(base, notices=(*base.notices, notice))
 
 
 def published_name(name_or_path: str | None) -> str | None:
@@ -217,18 +249,70 @@ def _hub_commit(name: str, arguments: ModelArguments) -> str | None:
     return extract_commit_hash(file, None)
 
 
-def _load_weights(
+def _load_complete(
     name: str, config: PreTrainedConfig, arguments: ModelArguments
+) -> tuple[PreTrainedModel, Renaming, tuple[str, ...], tuple[str, ...]]:
+    """Load the weights, in a second pass those that stand under other names, and look at what is not there.
+
+    What is given back: the model, what was renamed, the head parameters that the checkpoint does not hold, sentences
+    for the user.
+    """
+    model, loading = _load_weights(name, config, arguments)
+    renaming = Renaming({})
+    if loading["missing_keys"]:
+        options = _hub_options(arguments, arguments.model_revision)
+        del options["trust_remote_code"]
+        renaming = rename_checkpoint(model, loading["missing_keys"], open_checkpoint(name, **options))
+        if renaming.names:
+            model, loading = _load_weights(name, config, arguments, renaming.patterns())
+            vars(model).pop("_weight_conversions", None)  # else transformers would save under the checkpoint's names
+    encoder_missing, fresh = _split_missing(model, sorted(set(loading["missing_keys"])))
+    unused = describe_unused(loading["unexpected_keys"], all_of_them=bool(encoder_missing or fresh))
+    if encoder_missing:
+        instead = f" It holds instead: {unused}." if unused else ""
+        raise ModelError(
+            f"{name} lacks {len(encoder_missing)} weights of the encoder of a {config.model_type} model "
+            f"({_list(encoder_missing)}): they would start at random.{instead} Give a complete checkpoint, or train "
+            f"from scratch with --config_name {name} --tokenizer_name {name}."
+        )
+    with torch.no_grad():
+        for parameter in map(model.get_parameter, fresh):
+            if parameter.dim() == 1 and parameter.count_nonzero() and _is_bias(model, parameter):
+                parameter.zero_()  # for some types transformers leaves what the memory held before
+    notices = [
+        renaming.notice,
+        f"{name} holds weights that a {config.model_type} masked LM has no place for: {unused}." if unused else "",
+        f"{name} does not hold {_list(fresh)}: they start fresh." if fresh else "",
+        keep_ties_of_checkpoint(model) or "",
+    ]
+    return model, renaming, tuple(fresh), tuple(filter(None, notices))
+
+
+def _is_bias(model: PreTrainedModel, parameter: torch.nn.Parameter) -> bool:
+    return any(p is parameter and n.endswith("bias") for n, p in model.named_parameters(remove_duplicate=False))
+
+
+def _load_weights(
+    name: str, config: PreTrainedConfig, arguments: ModelArguments, names: dict[str, str] | None = None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     with _loading("model", name):
-        return AutoModelForMaskedLM.from_pretrained(
+        model, loading = AutoModelForMaskedLM.from_pretrained(
             name,
             config=config,
             dtype=arguments.dtype,
             use_safetensors=_has_safetensors(name),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            key_mapping=names,
             **_hub_options(arguments, arguments.model_revision),
         )
+    if loading["mismatched_keys"]:
+        key, theirs, ours = min(loading["mismatched_keys"])
+        raise ModelError(
+            f"{name} does not fit its own config.json: {key} has the shape {tuple(theirs)}, the config asks for "
+            f"{tuple(ours)} ({len(loading['mismatched_keys'])} such weights). Give the config that belongs to it."
+        )
+    return model, loading
 
 
 def _has_safetensors(name: str) -> bool | None:
@@ -295,7 +379,7 @@ def _build_from_scratch(arguments: ModelArguments) -> Base:
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         raise ModelError(f"Cannot make a {config.model_type} model of this config: {error}") from error
     base = Base(model=model.eval(), tokenizer=tokenizer, name_or_path=None, tokenizer_changed=True)
-    return replace(_with_rows_for_tokenizer(base, may_grow=True), new_token_ids=())
+    return _with_own_decoder(replace(_with_rows_for_tokenizer(base, may_grow=True), new_token_ids=()), arguments)
 
 
 def _take_from_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

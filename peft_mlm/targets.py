@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import AdapterError
-from peft_mlm.heads import tied_parameters, untied_modules
+from peft_mlm.heads import outermost, tied_parameters, untied_modules
+from peft_mlm.untying import decoder_reads_embeddings
 
 ALL_LINEAR = "all-linear"
 PROBE_TOKENS = 16
@@ -107,16 +108,20 @@ def resolve_modules_to_save(model: PreTrainedModel, names: Sequence[str] | None)
             last_parts = sorted({name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()})
             raise AdapterError(f"modules_to_save: no module is named {wanted}. Modules: {', '.join(last_parts)}.")
         for hit in hits:
-            parts = untied_modules(model, hit)
+            parts = [part for part in untied_modules(model, hit) if not _is_read_by_decoder(model, modules[part])]
             if not parts:
                 raise AdapterError(
                     f"modules_to_save: {hit} holds nothing but weights that are tied to the embeddings; a trained copy "
-                    "would cut the tie. Leave it out, or train the whole model (without --use_lora)."
+                    "would cut the tie. Leave it out, give the decoder a matrix of its own (--untie_embeddings), or "
+                    "train the whole model (without --use_lora)."
                 )
             trained += parts
             if any(id(parameter) in tied for parameter in modules[hit].parameters()):
-                notices.append(f"modules_to_save: of {hit}, {', '.join(parts)} are trained; the tied decoder stays.")
-    return trained, notices
+                notices.append(
+                    f"modules_to_save: of {hit}, {', '.join(parts)} are trained; the tied decoder stays "
+                    "(--untie_embeddings would give it a matrix of its own)."
+                )
+    return outermost(trained), notices
 
 
 def check_pattern(option: str, pattern: dict[str, Any] | None, targets: Sequence[str]) -> dict[str, Any]:
@@ -204,14 +209,26 @@ def _named_layers(model: PreTrainedModel, names: Sequence[str], option: str) -> 
         if not hits:
             linears = [name for name, module in layers.items() if isinstance(module, nn.Linear | Conv1D)]
             raise AdapterError(f"{option}: no layer is named {wanted}. Layers of this model: {_choices(linears)}.")
-        shared = [name for name in hits if id(layers[name].weight) in tied]
+        shared = [n for n in hits if id(layers[n].weight) in tied or _is_read_by_decoder(model, layers[n])]
         if shared:
             raise AdapterError(
                 f"{option}: {', '.join(shared)} is the embedding and the decoder at once (tied); an adapter on one "
-                "side would be lost or doubled by a merge. Leave it out."
+                "side would be lost or doubled by a merge. Leave it out, or give each a matrix of its own: "
+                "--untie_embeddings."
             )
-        found += [name for name in hits if name not in found]
+        used = _reached_by_gradient(model, {name: layers[name] for name in hits})
+        if not used:
+            raise AdapterError(
+                f"{option}: no prediction depends on the output of {', '.join(hits)}; an adapter there would do "
+                "nothing. Leave it out."
+            )
+        found += [name for name in hits if name in used and name not in found]
     return [name for name in layers if name in found]
+
+
+def _is_read_by_decoder(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Tell whether a module is the embeddings of a model that computes its logits from their matrix."""
+    return module is model.get_input_embeddings() and decoder_reads_embeddings(model)
 
 
 def _matches(name: str, wanted: str) -> bool:

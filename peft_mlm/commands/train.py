@@ -356,6 +356,8 @@ def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any
         "method": method,
         "trained_modules": prepared.plan.trained_modules if prepared.plan else (),
         "new_tokens": len(base.new_token_ids),
+        "renamed": base.renamed_weights,
+        "untied": arguments.model.untie_embeddings,
         "data": name_data(arguments.data),
         "rows": train_facts["rows_used"],
         "max_seq_length": prepared.corpus.max_seq_length,
