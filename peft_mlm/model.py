@@ -21,13 +21,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
+from peft_mlm.model_types import MODEL_TYPES, check_attention, check_config, notices_of
 from peft_mlm.vocabulary import fit_vocabulary, vocabulary_size
 
 NAMES_SHOWN = 8
@@ -76,7 +76,7 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
     if arguments.model_name_or_path is None:
         return _build_from_scratch(arguments)
     name = arguments.model_name_or_path
-    config = _load_config(name, arguments)
+    config = _prepare_config(_load_config(name, arguments), name, arguments)
     revision = _hub_commit(name, arguments)
     tokenizer = load_tokenizer(arguments)
     model, loading = _load_weights(name, config, arguments)
@@ -95,6 +95,7 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
         revision=revision,
         fresh_parameters=tuple(fresh),
         tokenizer_changed=arguments.tokenizer_name not in (None, name),
+        notices=notices_of(config.to_dict()),
     )
     return _with_rows_for_tokenizer(_check_own_tokenizer(base, arguments), may_grow=may_grow)
 
@@ -189,19 +190,33 @@ def _loading(what: str, name: str) -> Iterator[None]:
 
 def _load_config(name: str, arguments: ModelArguments) -> PreTrainedConfig:
     with _loading("model", name):
-        config = AutoConfig.from_pretrained(name, **_hub_options(arguments, arguments.model_revision))
+        return AutoConfig.from_pretrained(name, **_hub_options(arguments, arguments.model_revision))
+
+
+def _prepare_config(config: PreTrainedConfig, name: str, arguments: ModelArguments) -> PreTrainedConfig:
+    """Refuse what cannot serve, before weights are loaded, and set what its type needs."""
     _check_model_type(config.model_type, name, arguments)
-    if config.is_encoder_decoder:
-        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}). Give a masked LM with an encoder alone.")
+    check_config(config.to_dict(), name=name)
+    check_attention(config.model_type, arguments.attn_implementation)
+    if config.model_type in MODEL_TYPES:
+        config.update(dict(MODEL_TYPES[config.model_type].settings))
+    if config.model_type == "xmod" and config.default_language is None:
+        config.default_language = config.languages[0]  # the only one
     return config
 
 
 def _check_model_type(model_type: str, name: str, arguments: ModelArguments) -> None:
-    if model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not arguments.trust_remote_code:
+    if model_type not in MODEL_TYPES and not arguments.trust_remote_code:
+        usable = [name for name, row in MODEL_TYPES.items() if row.refusal is None]
         raise ModelError(
             f"{name} is of the type {model_type}, which transformers has no masked language model for. "
-            f"Types with one: {', '.join(sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES))}."
+            f"Types that can be adapted: {', '.join(usable)}."
         )
+
+
+def _attention(arguments: ModelArguments) -> dict[str, str]:
+    """Name the attention code only where it was asked for: transformers chooses by itself."""
+    return {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
 
 
 def _hub_commit(name: str, arguments: ModelArguments) -> str | None:
@@ -223,6 +238,7 @@ def _load_weights(
             dtype=arguments.dtype,
             use_safetensors=_has_safetensors(name),
             output_loading_info=True,
+            **_attention(arguments),
             **_hub_options(arguments, arguments.model_revision),
         )
 
@@ -285,21 +301,30 @@ def _build_from_scratch(arguments: ModelArguments) -> Base:
             config.update_from_string(arguments.config_overrides)
         except ValueError as error:
             raise ModelError(f"--config_overrides {arguments.config_overrides}: {error}.") from error
+    _prepare_config(config, arguments.config_name or f"--model_type {arguments.model_type}", arguments)
     try:
         with quiet_transformers():
-            model = AutoModelForMaskedLM.from_config(config)
-    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
+            model = AutoModelForMaskedLM.from_config(config, **_attention(arguments))
+    except (ValueError, RuntimeError, TypeError, AssertionError, ImportError) as error:
         raise ModelError(f"Cannot make a {config.model_type} model of this config: {error}") from error
-    base = Base(model=model.eval(), tokenizer=tokenizer, name_or_path=None, tokenizer_changed=True)
+    base = Base(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        name_or_path=None,
+        tokenizer_changed=True,
+        notices=notices_of(config.to_dict()),
+    )
     return replace(_with_rows_for_tokenizer(base, may_grow=True), new_token_ids=())
 
 
 def _take_from_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a new model the tokenizer's vocabulary and special ids, not the ones its type was published with."""
-    config.vocab_size = vocabulary_size(tokenizer)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
-        if getattr(config, name, None) is not None:
-            setattr(config, name, getattr(tokenizer, name))
+    text = config.get_text_config()  # the part for text, where a model reads images too; else the config itself
+    text.vocab_size = vocabulary_size(tokenizer)
+    for part in (config, text):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
+            if getattr(part, name, None) is not None:
+                setattr(part, name, getattr(tokenizer, name))
 
 
 def _list(names: list[str]) -> str:

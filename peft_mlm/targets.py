@@ -26,7 +26,9 @@ def encoder_linears(model: PreTrainedModel) -> list[str]:
     """List the linear layers of the encoder that the prediction depends on.
 
     A short forward and backward pass tells which ones a gradient reaches; layers that the masked LM never uses (such as
-    a pooler) and the head are left out, and so is every matrix that stands in more than one place.
+    a pooler, or the image encoder of a model that reads images too) and the head are left out, and so is every matrix
+    that stands in more than one place. An encoder without such a layer (SqueezeBERT) has its linear layers written as
+    convolutions over one position: these are taken then.
 
     Args:
         model: The masked LM.
@@ -36,13 +38,19 @@ def encoder_linears(model: PreTrainedModel) -> list[str]:
     """
     tied = tied_parameters(model)
     of_encoder = {id(module) for module in model.base_model.modules()}
+    output_layer = model.get_output_embeddings()
     candidates = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module) in of_encoder and id(module.weight) not in tied
+        if isinstance(module, nn.Linear | Conv1D | nn.Conv1d)
+        and id(module) in of_encoder
+        and id(module.weight) not in tied
+        and module is not output_layer
     }
-    output_layer = model.get_output_embeddings()
-    reached = _reached_by_gradient(model, {n: m for n, m in candidates.items() if m is not output_layer})
+    convolutions = {name: layer for name, layer in candidates.items() if isinstance(layer, nn.Conv1d)}
+    linears = {name: layer for name, layer in candidates.items() if name not in convolutions}
+    pointwise = {name: layer for name, layer in convolutions.items() if layer.kernel_size == (1,)}
+    reached = _reached_by_gradient(model, linears) or _reached_by_gradient(model, pointwise)
     return [name for name in candidates if name in reached]
 
 
@@ -166,7 +174,8 @@ def _reached_by_gradient(model: PreTrainedModel, layers: dict[str, nn.Module]) -
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
             leaf = output if output.requires_grad else output.detach().requires_grad_()
-            leaf.register_hook(lambda gradient: reached.add(name))
+            # X-MOD runs the parts of its other languages too, on no rows at all
+            leaf.register_hook(lambda gradient: reached.add(name) if gradient.numel() else None)
             return leaf.clone()  # some models change a layer's output in place, which a leaf does not allow
 
         return hook
