@@ -39,7 +39,8 @@ class ModelType:
         attention: What `attn_implementation` may be.
         checkpointing: Whether activations can be recomputed instead of kept.
         positions: What sets the longest row: a table of position embeddings ("table"), one whose rows up to that of the
-            padding are not used ("table after padding"), `max_position_embeddings` of the config, or nothing.
+            padding are not used ("table after padding"), `max_position_embeddings` of the config ("config": longer rows
+            would run, beyond what the model has seen), or nothing ("none").
         padding_shows: Whether the logits of a row change with the padding behind it, in spite of the attention mask.
         settings: Fields of the config that are set when the model is loaded.
         notice: What a user of this type should know.
@@ -263,11 +264,18 @@ MODEL_TYPES: Mapping[str, ModelType] = {
     ),
     "roformer": _cls("roformer", attention=EAGER),
     "squeezebert": _cls(
-        "transformer", ("query", "key", "value", "conv1d"), attention=EAGER, checkpointing=False
+        "transformer",
+        ("post_attention.conv1d",),
+        attention=EAGER,
+        checkpointing=False,
+        notice="SqueezeBERT's layers are convolutions in groups, which PEFT can train and cannot merge, but for those "
+        "after the attention: by default these alone are adapted.",
     ),
-    "tapas": _refused(
-        "it reads tables and questions about them, and its tokenizer takes no plain text. Give the BERT that it comes "
-        "from, or a model of another type."
+    "tapas": _cls(
+        "tapas",
+        attention=EAGER,
+        positions="config",  # its numbers stop at the last row of the table
+        notice="TAPAS reads tables and questions about them; text alone is read as a question without a table.",
     ),
     "ultrabert": ModelType(("head",), "head.decoder", {}, _LLAMA_LINEARS, positions="config"),
     "ultravbert": ModelType(

@@ -28,7 +28,7 @@ def encoder_linears(model: PreTrainedModel) -> list[str]:
     A short forward and backward pass tells which ones a gradient reaches; layers that the masked LM never uses (such as
     a pooler, or the image encoder of a model that reads images too) and the head are left out, and so is every matrix
     that stands in more than one place. An encoder without such a layer (SqueezeBERT) has its linear layers written as
-    convolutions over one position: these are taken then.
+    convolutions over one position: these are taken then, if they are of one group (PEFT cannot merge those of several).
 
     Args:
         model: The masked LM.
@@ -49,7 +49,7 @@ def encoder_linears(model: PreTrainedModel) -> list[str]:
     }
     convolutions = {name: layer for name, layer in candidates.items() if isinstance(layer, nn.Conv1d)}
     linears = {name: layer for name, layer in candidates.items() if name not in convolutions}
-    pointwise = {name: layer for name, layer in convolutions.items() if layer.kernel_size == (1,)}
+    pointwise = {name: layer for name, layer in convolutions.items() if layer.kernel_size == (1,) and layer.groups == 1}
     reached = _reached_by_gradient(model, linears) or _reached_by_gradient(model, pointwise)
     return [name for name in candidates if name in reached]
 
