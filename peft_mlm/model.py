@@ -27,7 +27,7 @@ from transformers.utils.hub import extract_commit_hash
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
-from peft_mlm.model_types import MODEL_TYPES, check_attention, check_config, notices_of
+from peft_mlm.model_types import MODEL_TYPES, check_attention, check_config, check_dtype, notices_of
 from peft_mlm.vocabulary import fit_vocabulary, vocabulary_size
 
 NAMES_SHOWN = 8
@@ -198,6 +198,9 @@ def _prepare_config(config: PreTrainedConfig, name: str, arguments: ModelArgumen
     _check_model_type(config.model_type, name, arguments)
     check_config(config.to_dict(), name=name)
     check_attention(config.model_type, arguments.attn_implementation)
+    check_dtype(
+        config.model_type, str(config.dtype).removeprefix("torch.") if arguments.dtype == "auto" else arguments.dtype
+    )
     if config.model_type in MODEL_TYPES:
         config.update(dict(MODEL_TYPES[config.model_type].settings))
     if config.model_type == "xmod" and config.default_language is None:

@@ -38,6 +38,8 @@ class ModelType:
             `{default_language}` stands for that field of the config.
         attention: What `attn_implementation` may be.
         checkpointing: Whether activations can be recomputed instead of kept.
+        mixed_precision: Whether it runs under autocast (`bf16`, `fp16`).
+        half: Whether its weights can be held in 16 bits (`dtype`).
         positions: What sets the longest row: a table of position embeddings ("table"), one whose rows up to that of the
             padding are not used ("table after padding"), `max_position_embeddings` of the config ("config": longer rows
             would run, beyond what the model has seen), or nothing ("none").
@@ -53,6 +55,8 @@ class ModelType:
     targets: tuple[str, ...] = ()
     attention: tuple[str, ...] = EVERY_ATTENTION
     checkpointing: bool = True
+    mixed_precision: bool = True
+    half: bool = True
     positions: Positions = "table"
     padding_shows: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -120,7 +124,9 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         padding_shows=True,
     ),
     "data2vec-text": _lm_head("data2vec_text"),
-    "deberta": _cls("deberta", ("in_proj", "pos_proj", "pos_q_proj", *_BERT_LINEARS[3:]), attention=EAGER),
+    "deberta": _cls(
+        "deberta", ("in_proj", "pos_proj", "pos_q_proj", *_BERT_LINEARS[3:]), attention=EAGER, mixed_precision=False
+    ),
     "deberta-v2": _cls(
         "deberta", ("query_proj", "key_proj", "value_proj", *_BERT_LINEARS[3:]), attention=EAGER
     ),
@@ -154,7 +160,9 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         attention=EAGER,
         checkpointing=False,
     ),
-    "fnet": _cls("fnet", ("embeddings.projection", *_BERT_LINEARS[3:]), attention=EAGER, padding_shows=True),
+    "fnet": _cls(
+        "fnet", ("embeddings.projection", *_BERT_LINEARS[3:]), attention=EAGER, half=False, padding_shows=True
+    ),
     "funnel": ModelType(
         ("lm_head",),
         "lm_head",
@@ -299,6 +307,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
     "xmod": _lm_head(
         "roberta",
         (*_BERT_LINEARS, "adapter_modules.{default_language}.dense1", "adapter_modules.{default_language}.dense2"),
+        mixed_precision=False,
     ),
     "yoso": _cls("yoso", attention=EAGER, padding_shows=True),
 }  # fmt: skip
@@ -342,23 +351,54 @@ def check_attention(model_type: str, attention: str | None) -> None:
         )
 
 
-def refuse_checkpointing(model_type: str) -> ModelError:
-    """Make the error for a model type whose activations cannot be recomputed.
+def check_dtype(model_type: str, dtype: str) -> None:
+    """Check that the weights of a model type can be held in this type.
 
     Args:
-        model_type: Its type.
+        model_type: Its type; one that is not in the table passes.
+        dtype: Such as float32, bfloat16.
 
-    Returns:
-        The error, to be raised.
+    Raises:
+        ModelError: They cannot.
     """
-    return ModelError(
-        f"activation_checkpointing: {model_type} models have none in transformers. Leave it out, and use a smaller "
-        "per_device_train_batch_size with gradient_accumulation_steps if memory is short."
-    )
+    if model_type in MODEL_TYPES and not MODEL_TYPES[model_type].half and dtype in ("bfloat16", "float16"):
+        raise ModelError(
+            f"dtype is {dtype}, which {model_type} models cannot compute in: their Fourier transform has no 16-bit "
+            "form. Use --dtype float32; with --bf16 the other layers compute in 16 bits."
+        )
+
+
+def check_training(model_type: str, *, checkpointing: bool, mixed_precision: bool) -> None:
+    """Check that a model type can be trained as asked.
+
+    Args:
+        model_type: Its type; one that is not in the table passes.
+        checkpointing: Whether activation checkpointing is asked for.
+        mixed_precision: Whether bf16 or fp16 is.
+
+    Raises:
+        ModelError: It cannot.
+    """
+    row = MODEL_TYPES.get(model_type, ModelType())
+    if checkpointing and not row.checkpointing:
+        raise ModelError(
+            f"activation_checkpointing: {model_type} models have none in transformers. Leave it out, and use a smaller "
+            "per_device_train_batch_size with gradient_accumulation_steps if memory is short."
+        )
+    if mixed_precision and not row.mixed_precision:
+        raise ModelError(
+            f"bf16 or fp16: {model_type} models fail under mixed precision in transformers. Train in float32, or hold "
+            "the frozen weights in 16 bits (--dtype bfloat16) without --bf16 or --fp16."
+        )
 
 
 def check_before_loading(
-    *, name_or_path: str | None, model_type: str | None, attention: str | None, checkpointing: bool
+    *,
+    name_or_path: str | None,
+    model_type: str | None,
+    attention: str | None,
+    checkpointing: bool,
+    mixed_precision: bool,
 ) -> None:
     """Find what a config.json in a local folder, or a model type, already tells; nothing heavy is imported for it.
 
@@ -367,6 +407,7 @@ def check_before_loading(
         model_type: From scratch: the type.
         attention: `attn_implementation`.
         checkpointing: Whether activation checkpointing is asked for.
+        mixed_precision: Whether bf16 or fp16 is.
 
     Raises:
         ModelError: The type cannot serve, or does not have what was asked for.
@@ -377,8 +418,7 @@ def check_before_loading(
     check_config(config, name=name_or_path or f"--model_type {model_type}")
     kind = str(config["model_type"])
     check_attention(kind, attention)
-    if checkpointing and kind in MODEL_TYPES and not MODEL_TYPES[kind].checkpointing:
-        raise refuse_checkpointing(kind)
+    check_training(kind, checkpointing=checkpointing, mixed_precision=mixed_precision)
 
 
 def notices_of(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ Names are matched as PEFT matches them; what matches nothing is refused with the
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -167,7 +167,7 @@ def as_pattern(model: nn.Module, targets: Sequence[str]) -> str | list[str]:
     return pattern if matched == list(targets) else list(targets)
 
 
-def _reached_by_gradient(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
+def _reached_by_gradient(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> set[str]:
     """Name the layers whose output the logits depend on, without keeping a gradient for any weight."""
     reached: set[str] = set()
 

@@ -156,7 +156,7 @@ def gradient_difference(ours: torch.nn.Module, theirs: torch.nn.Module, batches:
         if model is ours:
             accumulate_ours(model, batches)
         else:
-            plain_loss(model, whole_batch(batches)).backward()
+            plain_loss(model, whole_batch(batches)).backward()  # type: ignore[no-untyped-call]
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None])
         model.zero_grad()
         with torch.no_grad():

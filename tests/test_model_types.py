@@ -164,7 +164,8 @@ def test_a_row_tells_whether_activations_can_be_recomputed(model_type: str) -> N
 @pytest.mark.parametrize("model_type", USABLE)
 def test_a_row_tells_what_sets_the_longest_row(model_type: str) -> None:
     row, model = MODEL_TYPES[model_type], tiny(model_type)
-    limit, stated = position_limit(model), getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(model)
+    stated: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if row.positions == "none":
         assert (limit, stated) == (None, None)
         assert logits(model, random_row(200)).shape == (1, 200, 25)
@@ -300,6 +301,7 @@ def test_attention_code_is_passed_on_and_checked_against_what_the_type_has(tmp_p
         ({"model_type": "deberta-v2"}, {"attn_implementation": "sdpa"}, "Choose eager, or leave it out"),
         ({"model_type": "albert"}, {"activation_checkpointing": True}, "activation_checkpointing: albert models"),
         ({"model_type": "bert", "is_decoder": True}, {}, "sees only those before it"),
+        ({"model_type": "deberta"}, {"bf16": True}, "deberta models fail under mixed precision"),
     ],
 )
 def test_a_local_folder_is_refused_before_torch_is_imported(
@@ -355,3 +357,32 @@ def test_tapas_tokenizer_gives_rows_of_plain_text(tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[EMPTY]", "one", "two"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     assert special_token_frame(TapasTokenizer(str(tmp_path / "vocab.txt"))) == ([2], [3])
+
+
+@pytest.mark.parametrize("model_type", USABLE)
+def test_a_row_tells_in_which_precision_a_type_computes(model_type: str) -> None:
+    row, model = MODEL_TYPES[model_type], tiny_model(model_type)
+    full = logits(model)
+
+    def tried(model: Any, **autocast: Any) -> bool:
+        try:
+            with torch.autocast("cpu", dtype=torch.bfloat16, **autocast):
+                given = logits(model)
+        except (RuntimeError, NotImplementedError):
+            return False
+        assert float((given - full).abs().max()) < 0.3  # bfloat16 keeps three digits
+        return True
+
+    assert tried(model) == row.mixed_precision
+    assert tried(model.bfloat16(), enabled=False) == row.half
+
+
+def test_weights_in_16_bits_are_refused_where_a_type_cannot_compute_in_them(tmp_path: Path) -> None:
+    folder = save_base(tmp_path, "fnet")
+    with pytest.raises(ModelError, match=r"dtype is bfloat16, which fnet models cannot compute in"):
+        load_base(ModelArguments(model_name_or_path=str(folder), dtype="bfloat16"))
+    half = AutoModelForMaskedLM.from_pretrained(folder).half()
+    half.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"dtype is float16, which fnet models cannot compute in"):
+        load_base(ModelArguments(model_name_or_path=str(folder), dtype="auto"))
+    assert load_base(ModelArguments(model_name_or_path=str(folder))).model.dtype == torch.float32
