@@ -56,7 +56,10 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "Attention code, such as sdpa, eager, flash_attention_2; transformers chooses if not given."},
+        metadata={
+            "help": "Attention code: eager, sdpa, flash_attention_2 or flex_attention, where the model type has it; "
+            "transformers chooses if not given."
+        },
     )
     add_tokens: list[str] | None = field(
         default=None,

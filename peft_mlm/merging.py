@@ -74,7 +74,7 @@ def merge_adapter(
         MergeError: The method cannot be merged, or the merged model differs by more than rounding.
     """
     model.eval()
-    was_tied = is_tied(model)
+    was_tied, ties = is_tied(model), model.config.tie_word_embeddings
     probe = probe_rows(model.get_base_model(), tokenizer)
     as_run = _logits(model, probe)
     precise = torch.float64 if sum(p.numel() for p in model.parameters()) <= FLOAT64_PARAMETERS else torch.float32
@@ -83,6 +83,8 @@ def merge_adapter(
         merged = cast(PreTrainedModel, model.merge_and_unload(safe_merge=True))
     except (NotImplementedError, ValueError, AttributeError) as error:
         raise MergeError(f"This adapter cannot be merged into its base: {error}") from error
+    if not was_tied:
+        merged.config.tie_word_embeddings = ties  # PEFT takes a decoder that never was tied (LUKE's) for one cut loose
     with staged(output_dir) as folder:
         with quiet_transformers():
             merged.to(dtype=DTYPES[dtype])

@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -31,6 +30,7 @@ from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
 from peft_mlm.fingerprint import base_fingerprint
 from peft_mlm.head_mapping import Renaming, describe_unused, open_checkpoint, rename_checkpoint
+from peft_mlm.model_types import MODEL_TYPES, check_attention, check_config, check_dtype, notices_of
 from peft_mlm.untying import keep_apart, keep_ties_of_checkpoint, untie_embeddings
 from peft_mlm.vocabulary import fit_vocabulary, vocabulary_size
 
@@ -84,7 +84,7 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
     if arguments.model_name_or_path is None:
         return _build_from_scratch(arguments)
     name = arguments.model_name_or_path
-    config = _load_config(name, arguments)
+    config = _prepare_config(_load_config(name, arguments), name, arguments)
     revision = _hub_commit(name, arguments)
     tokenizer = load_tokenizer(arguments)
     model, renaming, fresh, notices = _load_complete(name, config, arguments)
@@ -97,7 +97,7 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
         renamed_weights=bool(renaming.names),
         tokenizer_changed=arguments.tokenizer_name not in (None, name),
         fingerprint=base_fingerprint(model, without=fresh),
-        notices=notices,
+        notices=(*notices_of(config.to_dict()), *notices),
     )
     base = _with_rows_for_tokenizer(_check_own_tokenizer(base, arguments), may_grow=may_grow)
     return _with_own_decoder(base, arguments)
@@ -117,8 +117,9 @@ def load_outline(arguments: ModelArguments) -> PreTrainedModel | None:
     """
     if arguments.model_name_or_path is None or arguments.trust_remote_code:
         return None
-    config = _load_config(arguments.model_name_or_path, arguments)
-    with _loading("model", arguments.model_name_or_path), torch.device("meta"):
+    name = arguments.model_name_or_path
+    config = _prepare_config(_load_config(name, arguments), name, arguments)
+    with _loading("model", name), torch.device("meta"):
         model: PreTrainedModel = AutoModelForMaskedLM.from_config(config)
     return model
 
@@ -225,19 +226,36 @@ def _loading(what: str, name: str) -> Iterator[None]:
 
 def _load_config(name: str, arguments: ModelArguments) -> PreTrainedConfig:
     with _loading("model", name):
-        config = AutoConfig.from_pretrained(name, **_hub_options(arguments, arguments.model_revision))
+        return AutoConfig.from_pretrained(name, **_hub_options(arguments, arguments.model_revision))
+
+
+def _prepare_config(config: PreTrainedConfig, name: str, arguments: ModelArguments) -> PreTrainedConfig:
+    """Refuse what cannot serve, before weights are loaded, and set what its type needs."""
     _check_model_type(config.model_type, name, arguments)
-    if config.is_encoder_decoder:
-        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}). Give a masked LM with an encoder alone.")
+    check_config(config.to_dict(), name=name)
+    check_attention(config.model_type, arguments.attn_implementation)
+    check_dtype(
+        config.model_type, str(config.dtype).removeprefix("torch.") if arguments.dtype == "auto" else arguments.dtype
+    )
+    if config.model_type in MODEL_TYPES:
+        config.update(dict(MODEL_TYPES[config.model_type].settings))
+    if config.model_type == "xmod" and config.default_language is None:
+        config.default_language = config.languages[0]  # the only one
     return config
 
 
 def _check_model_type(model_type: str, name: str, arguments: ModelArguments) -> None:
-    if model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not arguments.trust_remote_code:
+    if model_type not in MODEL_TYPES and not arguments.trust_remote_code:
+        usable = [name for name, row in MODEL_TYPES.items() if row.refusal is None]
         raise ModelError(
             f"{name} is of the type {model_type}, which transformers has no masked language model for. "
-            f"Types with one: {', '.join(sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES))}."
+            f"Types that can be adapted: {', '.join(usable)}."
         )
+
+
+def _attention(arguments: ModelArguments) -> dict[str, str]:
+    """Name the attention code only where it was asked for: transformers chooses by itself."""
+    return {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
 
 
 def _hub_commit(name: str, arguments: ModelArguments) -> str | None:
@@ -304,6 +322,7 @@ def _load_weights(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             key_mapping=names,
+            **_attention(arguments),
             **_hub_options(arguments, arguments.model_revision),
         )
     if loading["mismatched_keys"]:
@@ -373,21 +392,30 @@ def _build_from_scratch(arguments: ModelArguments) -> Base:
             config.update_from_string(arguments.config_overrides)
         except ValueError as error:
             raise ModelError(f"--config_overrides {arguments.config_overrides}: {error}.") from error
+    _prepare_config(config, arguments.config_name or f"--model_type {arguments.model_type}", arguments)
     try:
         with quiet_transformers():
-            model = AutoModelForMaskedLM.from_config(config)
-    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
+            model = AutoModelForMaskedLM.from_config(config, **_attention(arguments))
+    except (ValueError, RuntimeError, TypeError, AssertionError, ImportError) as error:
         raise ModelError(f"Cannot make a {config.model_type} model of this config: {error}") from error
-    base = Base(model=model.eval(), tokenizer=tokenizer, name_or_path=None, tokenizer_changed=True)
+    base = Base(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        name_or_path=None,
+        tokenizer_changed=True,
+        notices=notices_of(config.to_dict()),
+    )
     return _with_own_decoder(replace(_with_rows_for_tokenizer(base, may_grow=True), new_token_ids=()), arguments)
 
 
 def _take_from_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a new model the tokenizer's vocabulary and special ids, not the ones its type was published with."""
-    config.vocab_size = vocabulary_size(tokenizer)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
-        if getattr(config, name, None) is not None:
-            setattr(config, name, getattr(tokenizer, name))
+    text = config.get_text_config()  # the part for text, where a model reads images too; else the config itself
+    text.vocab_size = vocabulary_size(tokenizer)
+    for part in (config, text):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
+            if getattr(part, name, None) is not None:
+                setattr(part, name, getattr(tokenizer, name))
 
 
 def _list(names: list[str]) -> str:

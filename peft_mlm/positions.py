@@ -23,10 +23,11 @@ def position_limit(model: PreTrainedModel) -> int | None:
     """
     limits = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+        # The whole last part of the name: LayoutLM has x_position_embeddings for places on a page.
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings":
             padding_idx = module.padding_idx
             limits.append(module.num_embeddings - (0 if padding_idx is None else padding_idx + 1))
-    stated = getattr(model.config, "max_position_embeddings", None)
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(stated, int) and stated > 0:
         limits.append(stated)
     return min(limits, default=None)

@@ -6,7 +6,7 @@ Names are matched as PEFT matches them; what matches nothing is refused with the
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ def encoder_linears(model: PreTrainedModel) -> list[str]:
     """List the linear layers of the encoder that the prediction depends on.
 
     A short forward and backward pass tells which ones a gradient reaches; layers that the masked LM never uses (such as
-    a pooler) and the head are left out, and so is every matrix that stands in more than one place.
+    a pooler, or the image encoder of a model that reads images too) and the head are left out, and so is every matrix
+    that stands in more than one place. An encoder without such a layer (SqueezeBERT) has its linear layers written as
+    convolutions over one position: these are taken then, if they are of one group (PEFT cannot merge those of several).
 
     Args:
         model: The masked LM.
@@ -37,13 +39,19 @@ def encoder_linears(model: PreTrainedModel) -> list[str]:
     """
     tied = tied_parameters(model)
     of_encoder = {id(module) for module in model.base_model.modules()}
+    output_layer = model.get_output_embeddings()
     candidates = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module) in of_encoder and id(module.weight) not in tied
+        if isinstance(module, nn.Linear | Conv1D | nn.Conv1d)
+        and id(module) in of_encoder
+        and id(module.weight) not in tied
+        and module is not output_layer
     }
-    output_layer = model.get_output_embeddings()
-    reached = _reached_by_gradient(model, {n: m for n, m in candidates.items() if m is not output_layer})
+    convolutions = {name: layer for name, layer in candidates.items() if isinstance(layer, nn.Conv1d)}
+    linears = {name: layer for name, layer in candidates.items() if name not in convolutions}
+    pointwise = {name: layer for name, layer in convolutions.items() if layer.kernel_size == (1,) and layer.groups == 1}
+    reached = _reached_by_gradient(model, linears) or _reached_by_gradient(model, pointwise)
     return [name for name in candidates if name in reached]
 
 
@@ -164,14 +172,15 @@ def as_pattern(model: nn.Module, targets: Sequence[str]) -> str | list[str]:
     return pattern if matched == list(targets) else list(targets)
 
 
-def _reached_by_gradient(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
+def _reached_by_gradient(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> set[str]:
     """Name the layers whose output the logits depend on, without keeping a gradient for any weight."""
     reached: set[str] = set()
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
             leaf = output if output.requires_grad else output.detach().requires_grad_()
-            leaf.register_hook(lambda gradient: reached.add(name))
+            # X-MOD runs the parts of its other languages too, on no rows at all
+            leaf.register_hook(lambda gradient: reached.add(name) if gradient.numel() else None)
             return leaf.clone()  # some models change a layer's output in place, which a leaf does not allow
 
         return hook

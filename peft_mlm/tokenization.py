@@ -184,14 +184,16 @@ def _processes(num_proc: int | None, texts: int) -> int | None:
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = False) -> list[list[int]]:
     """Encode texts to ids, whole, without a warning that they are longer than the model takes."""
+    # TAPAS' tokenizer takes no answer to this question without special tokens, not even no.
+    kinds = {} if type(tokenizer).__name__ == "TapasTokenizer" else {"return_token_type_ids": False}
     encoded = tokenizer(
         texts,
         add_special_tokens=add_special_tokens,
         padding=False,
         truncation=False,
         return_attention_mask=False,
-        return_token_type_ids=False,
         verbose=False,
+        **kinds,
     )
     ids: list[list[int]] = encoded["input_ids"]
     return ids

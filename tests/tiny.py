@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 LETTERS = "ABCDEFGHIJKLMNOPQRST"
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -31,6 +37,38 @@ SIZES = {
     "sep_token_id": 2,
     "mask_token_id": 4,
 }
+# Where a model type needs more, or other sizes, to be tiny; and settings that its published models have.
+SPECIAL_SIZES: dict[str, dict[str, object]] = {
+    "big_bird": {"attention_type": "original_full"},
+    "convbert": {"conv_kernel_size": 3},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True},
+    "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_head": 8, "d_inner": 64, "initializer_std": 0.2},
+    "layoutlm": {"max_2d_position_embeddings": 32},
+    "longformer": {"attention_window": 8},
+    "luke": {"entity_vocab_size": 8, "entity_emb_size": 16},
+    "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 2},
+    "neomme": {"embedding_rank": 16, "head_dim": 16},
+    "nystromformer": {"conv_kernel_size": 3},
+    "perceiver": {"d_model": 32, "d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 1},
+    "reformer": {
+        "attn_layers": ["lsh", "lsh"], "attention_head_size": 8, "feed_forward_size": 64, "num_buckets": 8,
+        "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [8, 24], "lsh_attn_chunk_length": 8,
+        "local_attn_chunk_length": 8,
+    },
+    "rembert": {"input_embedding_size": 16, "output_embedding_size": 24},
+    "roc_bert": {
+        "pronunciation_vocab_size": 8, "shape_vocab_size": 8, "pronunciation_embed_dim": 8, "shape_embed_dim": 8,
+    },
+    "ultrabert": {"prediction_head_size": 16, "head_dim": 8},
+    "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+}  # fmt: skip
+# Types that read images too: the type of their text part.
+TEXT_PART = {"modernvbert": "modernbert", "ultravbert": "ultrabert"}
+TINY_VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
 # Model types whose masked LM heads differ in make and in names.
 MODEL_TYPES = (
     "albert", "bert", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra",
@@ -65,13 +103,25 @@ def letter_tokenizer(extra: list[str] | None = None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def tiny_config(model_type: str, **changes: object) -> PreTrainedConfig:
+    """The config of a model of two narrow layers."""
+    if model_type in TEXT_PART:
+        text = tiny_config(TEXT_PART[model_type], **changes)
+        vision = {"model_type": AutoConfig.for_model(model_type).vision_config.model_type, **TINY_VISION}
+        return AutoConfig.for_model(model_type, text_config=text.to_dict(), vision_config=vision)
+    known = AutoConfig.for_model(model_type)
+    wanted = {**SIZES, "vocab_size": len(SPECIAL) + len(LETTERS), **SPECIAL_SIZES.get(model_type, {}), **changes}
+    if model_type == "funnel":
+        del wanted["num_hidden_layers"]  # the sum of its block_sizes, which cannot be set
+    special = SPECIAL_SIZES.get(model_type, {})
+    real = {name: size for name, size in wanted.items() if hasattr(known, name) or name in special}
+    return AutoConfig.for_model(model_type, **real)
+
+
 def tiny_model(model_type: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A masked LM of two narrow layers with random weights, large enough that every part of it shows in the logits."""
-    known = AutoConfig.for_model(model_type)
-    wanted = {**SIZES, "vocab_size": len(SPECIAL) + len(LETTERS), **changes}
-    config = AutoConfig.for_model(model_type, **{name: size for name, size in wanted.items() if hasattr(known, name)})
     torch.manual_seed(seed)
-    model = AutoModelForMaskedLM.from_config(config)
+    model = AutoModelForMaskedLM.from_config(tiny_config(model_type, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_mlm.config import Arguments, describe_help, read_arguments, write_arguments, write_sources
 from peft_mlm.console import bytes_text, is_first_process, print_table
+from peft_mlm.model_types import check_before_loading, check_training
 from peft_mlm.run_folder import (
     RunFolder,
     check_output_dir,
@@ -132,6 +133,18 @@ def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
     Returns:
         Everything that training needs.
     """
+    asked: dict[str, bool] = {
+        "checkpointing": bool(arguments.training.get("activation_checkpointing")),
+        "mixed_precision": bool(arguments.training.get("bf16") or arguments.training.get("fp16")),
+    }
+    if arguments.model.config_overrides is None:
+        check_before_loading(
+            name_or_path=arguments.model.model_name_or_path or arguments.model.config_name,
+            model_type=arguments.model.model_type,
+            attention=arguments.model.attn_implementation,
+            **asked,
+        )
+
     from transformers import set_seed
 
     from peft_mlm.adaptation import adapt, adapter_to_go_on_with, with_adapter_tokenizer
@@ -151,6 +164,7 @@ def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
         )
         set_seed(training.seed)
         base = load_base(with_adapter_tokenizer(arguments.model, adapter))
+        check_training(base.model.config.model_type, **asked)
         corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
     model, plan = adapt(base, arguments, adapter)
     _tell((*base.notices, *corpus.notices, *(plan.notices if plan else ())))
