@@ -60,6 +60,6 @@ def adapt(base: Base, arguments: Arguments, adapter: Path | None) -> tuple[Any, 
     if peft is None:
         return base.model, None
     if adapter is not None:
-        return load_adapter(base.model, adapter, is_trainable=True), None
+        return load_adapter(base.model, adapter, is_trainable=True, new_token_ids=base.new_token_ids), None
     plan = plan_lora(base.model, peft, fresh_parameters=base.fresh_parameters, new_token_ids=base.new_token_ids)
     return wrap(base.model, plan), plan

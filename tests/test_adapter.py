@@ -157,7 +157,6 @@ def test_new_tokens_are_trained_as_rows_and_shipped_in_kilobytes(model_type: str
     assert base.new_token_ids == (25, 26, 27)
     tied, before = is_tied(base.model), logits(base.model)
     plan = plan_lora(base.model, LORA, new_token_ids=base.new_token_ids)
-    assert any("not tied" in notice for notice in plan.notices) != tied
     model = wrap(base.model, plan)
     assert difference(logits(model), before) < 1e-6  # plain PEFT drops the decoder's bias here
     perturb(model)

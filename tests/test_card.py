@@ -27,6 +27,7 @@ FACTS: dict[str, Any] = {
     "method": "LoRA, rank 8, alpha 16",
     "trained_modules": (),
     "new_tokens": 0,
+    "growth_code": (),
     "trainable_parameters": 1234,
     "total_parameters": 100_000,
     "data": "letters.txt",
@@ -92,7 +93,8 @@ def test_the_code_in_the_card_runs_and_gives_the_trained_model(
     with torch.no_grad():
         given = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
         loaded = peft_mlm.load(str(work / "runs" / name)).model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
-    assert torch.equal(given, loaded.logits)
+    # New tokens: the card merges, and a sum in another order rounds otherwise.
+    assert (given - loaded.logits).abs().max() <= (1e-5 if name == "new tokens" else 0)
 
 
 def test_the_commands_in_the_card_run(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,10 +131,10 @@ def test_the_figures_are_those_of_the_run_and_nothing_of_this_machine_is_in_it(n
 
 def test_the_fresh_head_and_the_added_tokens_are_told(work: Path) -> None:
     assert "Trained in full and shipped: cls.predictions.transform" in card_of(work, "fresh head")
-    assert "adds 2 tokens" in card_of(work, "new tokens")
+    assert "adds tokens (2)" in card_of(work, "new tokens")
     for name in ("adapter", "whole model"):
         assert "shipped:" not in card_of(work, name)
-        assert "tokens, with which" not in card_of(work, name)
+        assert "adds tokens" not in card_of(work, name)
 
 
 @pytest.mark.parametrize(
