@@ -33,7 +33,7 @@ OTHER_TYPES: dict[str, dict[str, Any]] = {
     "neomme": {"embedding_rank": 16, "head_dim": 16},
     "xlm": {},
 }
-TYPES = {**dict.fromkeys(MODEL_TYPES, {}), **OTHER_TYPES}
+TYPES: dict[str, dict[str, Any]] = {**{name: {} for name in MODEL_TYPES}, **OTHER_TYPES}
 # Growing these takes lines of its own beside transformers' `resize_token_embeddings`; AutoPeftModel is not enough.
 MORE_LINES = ("esm", "mobilebert")
 TOKENS = ["<new1>", "ABBA", "<new3>"]
