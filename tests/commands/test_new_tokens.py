@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import peft_mlm
+from peft_mlm.errors import AdapterError
 from peft_mlm.run_folder import RunFolder, read_json
 from tests.commands.conftest import Answer, train
-from tests.tiny import letter_texts, save_base
+from tests.tiny import letter_texts, letter_tokenizer, save_base
 
 IDS = torch.tensor([[0, 25, 9, 4, 26, 20, 2]])
 FRESH_PROCESS = """
@@ -102,13 +103,23 @@ def test_resuming_gives_the_same_rows(run: Path, base_folder: Path, texts: Path,
 
 
 def test_going_on_with_further_tokens(run: Path, base_folder: Path, texts: Path, tmp_path: Path) -> None:
-    options = {"use_lora": False, "adapter_name_or_path": run / "adapter", "max_steps": 4}
+    options = {"use_lora": False, "adapter_name_or_path": run / "adapter", "max_steps": 4, "eval_steps": 2}
+    options |= {"load_best_model_at_end": True}
     wider = train(base_folder, texts, texts, tmp_path / "wider", add_tokens=["<third>"], **options)
     loaded = peft_mlm.load(str(wider))
     assert loaded.tokenizer.convert_tokens_to_ids(["[odd]", "[even]", "<third>"]) == [25, 26, 27]
     assert logits(loaded.model).shape[-1] == 28
     assert figures(peft_mlm.evaluate(str(wider))) == figures(summary(wider)["adapted"])
     assert figures(peft_mlm.evaluate(str(wider / "adapter"))) == figures(summary(wider)["adapted"])
+
+
+def test_a_tokenizer_that_is_not_the_adapters_own_is_refused_when_going_on(
+    run: Path, base_folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    letter_tokenizer(extra=["[other]", "[even]"]).save_pretrained(tmp_path / "other")
+    options = {"use_lora": False, "adapter_name_or_path": run / "adapter", "tokenizer_name": tmp_path / "other"}
+    with pytest.raises(AdapterError, match=r"id 25 is '\[odd\]'; in the one given it is '\[other\]'"):
+        train(base_folder, texts, texts, tmp_path / "run", **options)
 
 
 @pytest.mark.parametrize("scratch", [False, True])
