@@ -39,6 +39,7 @@ FACTS: dict[str, Any] = {
     "adapted": {"perplexity": 2.5, "accuracy": 0.87654, "masked_tokens": 4321},
     "versions": {"torch": "9.8.7", "bitsandbytes": None},
 }
+TAGS = ["masked-lm", "peft-mlm", "lora"]
 RUNS = ("adapter", "fresh head", "new tokens", "whole model")
 
 
@@ -145,6 +146,7 @@ def test_the_fresh_head_and_the_added_tokens_are_told(work: Path) -> None:
         ({"base_model": "base", "base_on_hub": False}, {"library_name": "peft", "base_model": None}),
         ({"kind": "model", "base_model": None, "base_on_hub": False}, {"tags": ["masked-lm", "peft-mlm"]}),
         ({"new_tokens": 2}, {"library_name": "peft"}),
+        ({"new_tokens": 2, "growth_code": ("base.resize_token_embeddings(9)", "torch.ones(1)")}, {"tags": TAGS}),
     ],
 )
 def test_the_metadata_are_yaml_that_the_hub_reads(changes: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -176,3 +178,17 @@ def test_what_was_not_measured_is_left_out() -> None:
 def test_figures_without_a_number_are_shown_as_they_are() -> None:
     card = render_card({**FACTS, "adapted": {"perplexity": float("inf"), "accuracy": 0.0, "masked_tokens": 7}})
     assert "| this adapter | inf | 0.0000 |" in card
+
+
+def test_the_lines_for_new_tokens_are_as_few_as_the_model_type_allows() -> None:
+    """PEFT grows a base from the hub by itself, but not all that ESM needs; a local base is grown by a line."""
+    grown = ("base.resize_token_embeddings(9)",)
+    by_itself = code_of(render_card({**FACTS, "new_tokens": 2, "growth_code": grown}))
+    assert "AutoPeftModel" in by_itself
+    assert "resize" not in by_itself
+    local = code_of(render_card({**FACTS, "new_tokens": 2, "growth_code": grown, "base_on_hub": False}))
+    assert "\n".join(["", *grown, ""]) in local
+    more = (*grown, "base.lm_head.bias = torch.nn.Parameter(torch.ones(9))")
+    esm = code_of(render_card({**FACTS, "new_tokens": 2, "growth_code": more}))
+    assert "\n".join(["", *more, ""]) in esm
+    assert esm.startswith("import torch\n")

@@ -186,6 +186,8 @@ def test_real_checkpoints_ship_rows_in_kilobytes_and_load_in_a_fresh_process(
         (["--add_special_tokens", "./tokens"], "add_special_tokens: ./tokens cannot be read"),
         (["--add_tokens", "[x]", "--add_special_tokens", "[x]"], "given as an ordinary and as a special token"),
         (["--new_token_init", "random"], "new_token_init"),
+        (["--new_token_init", "pieces"], "new_token_init is pieces, but no token is new"),
+        (["--add_tokens_inside_words"], "add_tokens_inside_words is given without add_tokens"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
