@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from peft_mlm.adapter import Plan, load_adapter, plan_lora, wrap
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.config import Arguments
+from peft_mlm.errors import AdapterError
 from peft_mlm.loading import find_adapter
 from peft_mlm.model import Base
 
@@ -60,6 +63,23 @@ def adapt(base: Base, arguments: Arguments, adapter: Path | None) -> tuple[Any, 
     if peft is None:
         return base.model, None
     if adapter is not None:
-        return load_adapter(base.model, adapter, is_trainable=True), None
+        _check_tokenizer(base, adapter)
+        return load_adapter(base.model, adapter, is_trainable=True, new_token_ids=base.new_token_ids), None
     plan = plan_lora(base.model, peft, fresh_parameters=base.fresh_parameters, new_token_ids=base.new_token_ids)
     return wrap(base.model, plan), plan
+
+
+def _check_tokenizer(base: Base, adapter: Path) -> None:
+    """Refuse a tokenizer that gives the ids of an adapter's tokens to others: its rows would mean something else."""
+    if not (adapter / "tokenizer_config.json").is_file():
+        return
+    given = base.tokenizer.get_vocab()
+    theirs = AutoTokenizer.from_pretrained(str(adapter)).get_vocab()
+    wrong = sorted((i, token) for token, i in theirs.items() if given.get(token) != i)
+    if wrong:
+        i, token = wrong[0]
+        raise AdapterError(
+            f"The adapter {adapter} brings a tokenizer in which id {i} is {token!r}; in the one given it is "
+            f"{base.tokenizer.convert_ids_to_tokens(i)!r} ({len(wrong)} ids differ). Leave tokenizer_name out: the "
+            "adapter's own is used, and add_tokens adds to it."
+        )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,8 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import AdapterError
-from peft_mlm.heads import outermost, plan_fresh_head, tied_parameters
+from peft_mlm.further_tokens import with_rows_for
+from peft_mlm.heads import outermost, plan_fresh_head
 from peft_mlm.targets import as_pattern, check_pattern, resolve_modules_to_save, resolve_targets
+from peft_mlm.vocabulary import token_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -81,11 +84,6 @@ def plan_lora(
         )
     if head.left_at_zero:
         notices.append(f"{', '.join(head.left_at_zero)} (bound to the decoder's matrix) stays at zero.")
-    if new_token_ids and id(model.get_input_embeddings().weight) not in tied_parameters(model):
-        notices.append(
-            "The decoder of this model is not tied to its embeddings: new tokens can be read, but their rows in the "
-            "decoder stay at the mean of the others, so that they are hardly ever predicted."
-        )
     config = LoraConfig(
         task_type=None,  # PEFT has none for masked LMs; any other would change how the model is called
         r=arguments.lora_r,
@@ -98,7 +96,7 @@ def plan_lora(
         modules_to_save=trained or None,
         rank_pattern=check_pattern("rank_pattern", arguments.rank_pattern, targets),
         alpha_pattern=check_pattern("alpha_pattern", arguments.alpha_pattern, targets),
-        trainable_token_indices=_token_rows(model, new_token_ids),
+        trainable_token_indices=token_rows(model, new_token_ids),
     )
     return Plan(config, tuple(targets), tuple(trained), tuple(notices))
 
@@ -122,13 +120,17 @@ def wrap(model: PreTrainedModel, plan: Plan) -> PeftModel:
         raise AdapterError(f"PEFT cannot build this adapter: {error}") from error
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, folder: Path, *, is_trainable: bool = False, new_token_ids: Sequence[int] = ()
+) -> PeftModel:
     """Put a saved adapter on the base model it was trained on.
 
     Args:
         model: The masked LM, its vocabulary already as long as it was in training; it is changed in place.
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
         is_trainable: Whether training goes on.
+        new_token_ids: Where training goes on: ids of all tokens that the base does not have; rows that the adapter
+            does not have yet are added to it.
 
     Returns:
         The model with its adapter.
@@ -139,9 +141,11 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     rows = model.get_input_embeddings().weight.shape[0]
     check_adapter_fits(folder, ADAPTER_WEIGHTS, check_adapter_folder(folder), model, rows=rows)
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, with_rows_for(model, folder, new_token_ids) as source:
             warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+            adapted = PeftModel.from_pretrained(model, str(source), is_trainable=is_trainable)
+    except AdapterError:
+        raise
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise AdapterError(f"The adapter {folder} does not fit the base model: {reason}") from error
@@ -237,12 +241,8 @@ def _keep_decoder_bias(model: PeftModel) -> PeftModel:
             with torch.no_grad():
                 if not torch.equal(layer(nothing)[0], bias):
                     layer.register_forward_hook(add_bias)
+    for wrapper in model.modules():
+        # MobileBERT's head does not call its decoder but takes weight and bias from it; PEFT hands on the weight only.
+        if isinstance(wrapper, TrainableTokensWrapper) and getattr(wrapper.original_module, "bias", None) is not None:
+            wrapper.__dict__["bias"] = wrapper.original_module.bias
     return model
-
-
-def _token_rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[int]] | None:
-    if not ids:
-        return None
-    embeddings = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embeddings)
-    return {name: list(ids)}

@@ -205,6 +205,7 @@ def check_arguments(
     """
     faults = _check_ranges(values)
     faults += _check_model(values, given, for_training)
+    faults += _check_new_tokens(values, given)
     faults += _check_data(values, given, for_training)
     faults += _check_peft(given, peft_names, use_lora=bool(values["use_lora"]))
     faults += _check_not_supported(values)
@@ -270,6 +271,19 @@ def _check_model(values: Mapping[str, Any], given: Collection[str], for_training
             f"{lora} is given, but {scratch[0]} makes a model of random weights, which an adapter cannot learn from: "
             f"leave out {lora} to train in full, or name a base model by model_name_or_path."
         )
+    return faults
+
+
+def _check_new_tokens(values: Mapping[str, Any], given: Collection[str]) -> list[str]:
+    faults = []
+    sources = ("add_tokens", "add_special_tokens", "tokenizer_name", "adapter_name_or_path")
+    if values["new_token_init"] != "mean" and not set(sources) & set(given):
+        faults.append(
+            f"new_token_init is {values['new_token_init']}, but no token is new: name tokens by add_tokens or "
+            "add_special_tokens, or leave it out."
+        )
+    if values["add_tokens_inside_words"] and "add_tokens" not in given:
+        faults.append("add_tokens_inside_words is given without add_tokens: name the tokens too, or leave it out.")
     return faults
 
 

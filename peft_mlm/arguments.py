@@ -71,6 +71,10 @@ class ModelArguments:
     add_special_tokens: list[str] | None = field(
         default=None, metadata={"help": "The same for special tokens, which are never masked nor split."}
     )
+    add_tokens_inside_words: bool = field(
+        default=False,
+        metadata={"help": "Find added tokens inside longer words too (SMILES); else cat is not found in catalog."},
+    )
     new_token_init: NewTokenInit = field(
         default="mean",
         metadata={"help": "How new rows start: mean of all old rows, or of the rows of the pieces a token was."},

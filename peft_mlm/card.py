@@ -18,8 +18,8 @@ def render_card(facts: Mapping[str, Any]) -> str:
             `trainable_parameters`, `total_parameters`, `data` (one line), `rows`, `steps`, `max_seq_length`,
             `mlm_probability`, `base` and `adapted` (records with perplexity, accuracy, masked_tokens; or None),
             `renamed` (whether the base's weights have other names than transformers looks for), `new_tokens` (how many
-            were added), `untied` (whether the decoder was given a matrix of its own),
-            `versions`.
+            were added), `growth_code` (lines of plain transformers that add their rows to a fresh `base`), `untied`
+            (whether the decoder was given a matrix of its own), `versions`.
 
     Returns:
         Markdown with the hub's metadata on top; no local path and no token in it.
@@ -87,13 +87,35 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
     pinned = f', revision="{facts["base_revision"]}"' if facts["base_revision"] else ""
     if facts["kind"] == "model":
         code = ["from transformers import pipeline", "", 'fill = pipeline("fill-mask", model="THIS_FOLDER")']
-    elif facts["new_tokens"] or facts["renamed"]:
-        why = f"It adds {facts['new_tokens']} tokens, with which PEFT alone would leave out the decoder's bias."
-        if facts["renamed"]:
-            why = "The base's weights have names that transformers does not know: alone it would start them at random."
-        lines += [why, ""]
+    elif facts["renamed"]:
+        lines += [
+            "The base's weights have names that transformers does not know: alone it would start them at random.",
+            "",
+        ]
         given = "" if facts["base_on_hub"] else f', base="{base}"'
         code = ["import peft_mlm", "", f'model = peft_mlm.load("THIS_FOLDER"{given}).model']
+    elif facts["new_tokens"]:
+        lines += [
+            f"It adds tokens ({facts['new_tokens']}) and brings its tokenizer. Merge it as below: PEFT leaves the "
+            "decoder's bias out as long as it is not merged.",
+            "",
+        ]
+        growth = facts["growth_code"]
+        code = [
+            *(["import torch"] if any("torch." in line for line in growth) else []),
+            "from peft import PeftModel",
+            "from transformers import AutoModelForMaskedLM",
+            "",
+            f'base = AutoModelForMaskedLM.from_pretrained("{base}"{pinned})',
+            *growth,
+            'model = PeftModel.from_pretrained(base, "THIS_FOLDER").merge_and_unload().eval()',
+        ]
+        if facts["base_on_hub"] and len(growth) < 2:
+            code = [
+                "from peft import AutoPeftModel",
+                "",
+                'model = AutoPeftModel.from_pretrained("THIS_FOLDER").merge_and_unload().eval()',
+            ]
     else:
         code = [
             "from peft import PeftModel",

@@ -243,7 +243,7 @@ def from_tokenizer(
     return MaskingCollator(
         mask_id=tokenizer.mask_token_id,
         pad_id=tokenizer.pad_token_id,
-        special_ids=tokenizer.all_special_ids,
+        special_ids=_special_ids(tokenizer),
         vocab_size=len(tokenizer),
         padding_side=tokenizer.padding_side,
         mlm_probability=mlm_probability,
@@ -254,6 +254,12 @@ def from_tokenizer(
         pad_to=pad_to,
         pad_to_multiple_of=pad_to_multiple_of,
     )
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """List special tokens: those with a role, and those added as special, which `all_special_ids` may leave out."""
+    added = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return [*tokenizer.all_special_ids, *added]
 
 
 def _mix(values: Hashes) -> Hashes:

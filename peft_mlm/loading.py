@@ -21,7 +21,7 @@ from peft_mlm.base_recipe import BASE_RECIPE, with_base_recipe
 from peft_mlm.config import Arguments, read_arguments
 from peft_mlm.errors import AdapterError, ModelError
 from peft_mlm.fingerprint import BASE_FINGERPRINT, changed_weights, misfits, read_fingerprint
-from peft_mlm.model import Base, load_base, load_outline
+from peft_mlm.model import Base, load_base, load_outline, with_tokenizer_of
 from peft_mlm.run_folder import RunFolder, is_run_folder
 
 FILES_OF_ADAPTER = (
@@ -140,7 +140,7 @@ def load_target(target: Target, *, any_base: bool = False) -> Loaded:
     config = check_adapter_folder(target.adapter)
     with_tokenizer = (target.adapter / "tokenizer_config.json").is_file()
     arguments = with_base_recipe(target.base, target.adapter)
-    arguments = replace(arguments, tokenizer_name=str(target.adapter)) if with_tokenizer else arguments
+    arguments = with_tokenizer_of(arguments, target.adapter)
     outline = _of_base(target, arguments, load_outline)
     if outline is not None:
         rows = None if with_tokenizer else outline.get_input_embeddings().weight.shape[0]
@@ -231,7 +231,8 @@ def _resolve_adapter(folder: Path, base: str | None, part: Part) -> Target:
     run = _run_around(folder)
     if run is not None:
         arguments = read_arguments(RunFolder(run).arguments, for_training=False)
-        return Target("adapter", _with_base(arguments.model, base), adapter, arguments, run)
+        model = with_tokenizer_of(arguments.model, folder)
+        return Target("adapter", _with_base(model, base), adapter, arguments, run)
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise AdapterError(f"The adapter {folder} does not name its base model. Give it with --base.")
@@ -265,7 +266,8 @@ def _run_around(folder: Path) -> Path | None:
 def _base_of_run(run: Path, arguments: Arguments, base: str | None) -> ModelArguments:
     if base is None and arguments.model.model_name_or_path is None:
         raise ModelError(f"The run {run} trained a model from scratch: it has no base. Leave --use_base out.")
-    return _with_base(arguments.model, base)
+    shipped = RunFolder(run).adapter if RunFolder(run).adapter.is_dir() else RunFolder(run).model
+    return _with_base(with_tokenizer_of(arguments.model, shipped), base)
 
 
 def _refuse_base(name_or_path: str | Path, base: str | None) -> None:

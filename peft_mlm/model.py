@@ -31,8 +31,10 @@ from peft_mlm.errors import ModelError
 from peft_mlm.fingerprint import base_fingerprint
 from peft_mlm.head_mapping import Renaming, describe_unused, open_checkpoint, rename_checkpoint
 from peft_mlm.model_types import MODEL_TYPES, check_attention, check_config, check_dtype, notices_of
+from peft_mlm.token_lists import read_token_list
+from peft_mlm.tokenizer import add_tokens
 from peft_mlm.untying import keep_apart, keep_ties_of_checkpoint, untie_embeddings
-from peft_mlm.vocabulary import fit_vocabulary, vocabulary_size
+from peft_mlm.vocabulary import fit_vocabulary, growth_code, vocabulary_rows, vocabulary_size
 
 NAMES_SHOWN = 8
 
@@ -49,6 +51,7 @@ class Base:
         fresh_parameters: Head parameters that the checkpoint does not hold, so that they start at random or zero.
         renamed_weights: Whether weights were found under other names than transformers looks for.
         new_token_ids: Ids that the checkpoint's vocabulary does not hold; their rows are new.
+        growth_code: Lines of plain transformers that add the same rows to a fresh `base`; none where none was added.
         tokenizer_changed: Whether the tokenizer is another than the one that lies with the base model.
         fingerprint: What tells this base from others of the same shapes (`fingerprint.base_fingerprint`).
         notices: Sentences that the user should read.
@@ -61,6 +64,7 @@ class Base:
     fresh_parameters: tuple[str, ...] = ()
     renamed_weights: bool = False
     new_token_ids: tuple[int, ...] = ()
+    growth_code: tuple[str, ...] = ()
     tokenizer_changed: bool = False
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = field(default=())
@@ -99,8 +103,7 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
         fingerprint=base_fingerprint(model, without=fresh),
         notices=(*notices_of(config.to_dict()), *notices),
     )
-    base = _with_rows_for_tokenizer(_check_own_tokenizer(base, arguments), may_grow=may_grow)
-    return _with_own_decoder(base, arguments)
+    return _with_own_decoder(_with_new_tokens(base, arguments, may_grow=may_grow), arguments)
 
 
 def load_outline(arguments: ModelArguments) -> PreTrainedModel | None:
@@ -156,13 +159,62 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _with_rows_for_tokenizer(base: Base, *, may_grow: bool) -> Base:
-    rows = base.model.get_input_embeddings().weight.shape[0]
-    new = fit_vocabulary(base.model, base.tokenizer, name=base.name_or_path, may_grow=may_grow)
-    if not new:
-        return base
-    notice = f"The tokenizer has {len(new)} tokens more than the model's vocabulary of {rows}: rows were added."
-    return replace(base, new_token_ids=new, notices=(*base.notices, notice))
+def _with_new_tokens(base: Base, arguments: ModelArguments, *, may_grow: bool) -> Base:
+    """Add the tokens that are asked for, and the rows for all tokens that the base's own tokenizer does not have."""
+    own = _own_tokenizer(base, arguments)
+    notices = _add_tokens(base.tokenizer, arguments)
+    rows = vocabulary_rows(base.model)
+    new = fit_vocabulary(
+        base.model,
+        base.tokenizer,
+        name=base.name_or_path,
+        may_grow=may_grow,
+        old_tokenizer=own,
+        start=arguments.new_token_init,
+    )
+    added = vocabulary_rows(base.model) - rows
+    if new:
+        spare = len(new) - added
+        where = [f"{added} rows were added"] if added else []
+        where += [f"{spare} spare rows are used"] if spare else []
+        have = f"{len(new)} token{'s' if len(new) > 1 else ''} more than the model's vocabulary of {rows}"
+        if spare:
+            have = f"{len(new)} token{'s' if len(new) > 1 else ''} that the base's own does not have"
+        notices.append(f"The tokenizer has {have}: {', '.join(where)}.")
+    return replace(
+        base,
+        new_token_ids=new,
+        growth_code=tuple(growth_code(base.model, added)),
+        tokenizer_changed=base.tokenizer_changed if own is None else _differ(base.tokenizer, own),
+        notices=(*base.notices, *notices),
+    )
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments) -> list[str]:
+    tokens = read_token_list("add_tokens", arguments.add_tokens)
+    special = read_token_list("add_special_tokens", arguments.add_special_tokens)
+    if not tokens and not special:
+        return []
+    return add_tokens(tokenizer, tokens, special, inside_words=arguments.add_tokens_inside_words)
+
+
+def _differ(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    return one.get_vocab() != other.get_vocab() or set(one.all_special_tokens) != set(other.all_special_tokens)
+
+
+def with_tokenizer_of(arguments: ModelArguments, folder: Path) -> ModelArguments:
+    """Use the tokenizer that lies in a folder, which has all added tokens; nothing changes where there is none.
+
+    Args:
+        arguments: Which base and tokenizer to load.
+        folder: Of an adapter or a model.
+
+    Returns:
+        The arguments.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return arguments
+    return replace(arguments, tokenizer_name=str(folder), add_tokens=None, add_special_tokens=None)
 
 
 def _with_own_decoder(base: Base, arguments: ModelArguments) -> Base:
@@ -357,15 +409,17 @@ def _split_missing(model: PreTrainedModel, missing: list[str]) -> tuple[list[str
     return of_encoder, sorted(names - set(of_encoder))
 
 
-def _check_own_tokenizer(base: Base, arguments: ModelArguments) -> Base:
-    """Refuse a tokenizer that gives the base's ids to other tokens: its embeddings would mean something else."""
-    if not base.tokenizer_changed:
-        return base
-    own_arguments = replace(arguments, tokenizer_name=None)
+def _own_tokenizer(base: Base, arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
+    """Load the base's own tokenizer, where another one is used or tokens are added to it.
+
+    A tokenizer that gives the base's ids to other tokens is refused: its embeddings would mean something else.
+    """
+    if not base.tokenizer_changed and not arguments.add_tokens and not arguments.add_special_tokens:
+        return None
     try:
-        own = load_tokenizer(own_arguments)
+        own = load_tokenizer(replace(arguments, tokenizer_name=None))
     except ModelError:
-        return base  # the base has no tokenizer of its own to compare with
+        return None  # the base has no tokenizer of its own to compare with
     theirs = {i: token for token, i in base.tokenizer.get_vocab().items()}
     wrong = [(i, token, theirs.get(i)) for token, i in own.get_vocab().items() if theirs.get(i) != token]
     if wrong:
@@ -375,11 +429,12 @@ def _check_own_tokenizer(base: Base, arguments: ModelArguments) -> Base:
             f"id {i} is {token!r} for the base and {other!r} for the tokenizer ({len(wrong)} ids differ). Use the "
             "base's own tokenizer, one with tokens added to it, or train from scratch."
         )
-    return replace(base, tokenizer_changed=len(theirs) != len(own.get_vocab()))
+    return own
 
 
 def _build_from_scratch(arguments: ModelArguments) -> Base:
     tokenizer = load_tokenizer(arguments)
+    notices = _add_tokens(tokenizer, arguments)
     if arguments.config_name is not None:
         config = _load_config(arguments.config_name, arguments)
     else:
@@ -398,14 +453,15 @@ def _build_from_scratch(arguments: ModelArguments) -> Base:
             model = AutoModelForMaskedLM.from_config(config, **_attention(arguments))
     except (ValueError, RuntimeError, TypeError, AssertionError, ImportError) as error:
         raise ModelError(f"Cannot make a {config.model_type} model of this config: {error}") from error
+    fit_vocabulary(model, tokenizer, name=None, may_grow=True)  # the config may ask for fewer rows
     base = Base(
         model=model.eval(),
         tokenizer=tokenizer,
         name_or_path=None,
         tokenizer_changed=True,
-        notices=notices_of(config.to_dict()),
+        notices=(*notices_of(config.to_dict()), *notices),
     )
-    return _with_own_decoder(replace(_with_rows_for_tokenizer(base, may_grow=True), new_token_ids=()), arguments)
+    return _with_own_decoder(base, arguments)
 
 
 def _take_from_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

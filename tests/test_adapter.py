@@ -146,38 +146,6 @@ def test_modules_to_save_leaves_the_tie_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type", ["bert", "roberta", "esm", "distilbert", "electra", "albert", "modernbert", "deberta-v2", "rembert"]
-)
-def test_new_tokens_are_trained_as_rows_and_shipped_in_kilobytes(model_type: str, tmp_path: Path) -> None:
-    folder = save_base(tmp_path / "base", model_type)
-    longer = letter_tokenizer(extra=["<new1>", "<new2>", "<new3>"])
-    longer.save_pretrained(tmp_path / "longer")
-    arguments = ModelArguments(model_name_or_path=str(folder), tokenizer_name=str(tmp_path / "longer"))
-    base = load_base(arguments)
-    assert base.new_token_ids == (25, 26, 27)
-    tied, before = is_tied(base.model), logits(base.model)
-    plan = plan_lora(base.model, LORA, new_token_ids=base.new_token_ids)
-    assert any("not tied" in notice for notice in plan.notices) != tied
-    model = wrap(base.model, plan)
-    assert difference(logits(model), before) < 1e-6  # plain PEFT drops the decoder's bias here
-    perturb(model)
-    ids = torch.tensor([[0, 25, 9, 4, 26, 27, 20, 2]])
-    trained = model.eval()(input_ids=ids).logits
-    assert trained.shape[-1] == 28
-    save_adapter(model, tmp_path / "adapter", base_name="base", tokenizer=base.tokenizer)
-    stored = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad) * 4
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < stored + 10_000
-    again = load_base(ModelArguments(model_name_or_path=str(folder), tokenizer_name=str(tmp_path / "adapter")))
-    reloaded = load_adapter(again.model, tmp_path / "adapter").eval()
-    assert difference(reloaded(input_ids=ids).logits, trained) == 0.0
-    assert is_tied(reloaded) == tied
-    merge_adapter(reloaded, again.tokenizer, tmp_path / "merged")
-    merged = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged").eval()
-    assert merged.config.vocab_size == 28
-    assert difference(merged(input_ids=ids).logits, trained) < 1e-5
-
-
-@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"lora_target_modules": ["qury"]}, r"no layer is named qury\. Layers .*attention\.self\.query"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_mlm.config import Arguments, describe_help, read_arguments, write_arguments, write_sources
 from peft_mlm.console import bytes_text, is_first_process, print_table
+from peft_mlm.errors import ArgumentsError
 from peft_mlm.model_types import check_before_loading, check_training
 from peft_mlm.run_folder import (
     RunFolder,
@@ -25,6 +26,7 @@ from peft_mlm.run_folder import (
     write_json,
     write_text,
 )
+from peft_mlm.token_lists import read_token_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +101,7 @@ def run_training(arguments: Arguments) -> TrainResult:
         As `train`.
     """
     started = time.perf_counter()
-    arguments = _with_whole_paths(arguments)
+    arguments = _with_token_lists(_with_whole_paths(arguments))
     run = RunFolder(Path(arguments.training["output_dir"]).expanduser())
     resume = arguments.training.get("resume_from_checkpoint")
     resume = None if resume in (None, False, "false") else str(resume)
@@ -242,6 +244,20 @@ def _with_whole_paths(arguments: Arguments) -> Arguments:
     )
 
 
+def _with_token_lists(arguments: Arguments) -> Arguments:
+    """Read the files of tokens to add, so that a run that is resumed later has the same tokens."""
+    model, faults = arguments.model, []
+    lists: dict[str, Any] = {}
+    for option in ("add_tokens", "add_special_tokens"):
+        try:
+            lists[option] = read_token_list(option, getattr(model, option)) or None
+        except ArgumentsError as error:
+            faults += error.faults
+    if faults:
+        raise ArgumentsError(faults)
+    return replace(arguments, model=replace(model, **lists))
+
+
 def _build_trainer(
     arguments: Arguments, run: RunFolder, base: Base, model: Any, corpus: Corpus, training: Any
 ) -> MaskedLMTrainer:
@@ -372,6 +388,7 @@ def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any
         "new_tokens": len(base.new_token_ids),
         "renamed": base.renamed_weights,
         "untied": arguments.model.untie_embeddings,
+        "growth_code": base.growth_code,
         "data": name_data(arguments.data),
         "rows": train_facts["rows_used"],
         "max_seq_length": prepared.corpus.max_seq_length,
