@@ -27,7 +27,8 @@ from transformers.utils.hub import extract_commit_hash
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
-from peft_mlm.model_types import MODEL_TYPES, check_attention, check_config, check_dtype, notices_of
+from peft_mlm.model_checks import check_attention, check_config, check_dtype, notices_of
+from peft_mlm.model_types import MODEL_TYPES
 from peft_mlm.vocabulary import fit_vocabulary, vocabulary_size
 
 NAMES_SHOWN = 8
