@@ -30,7 +30,8 @@ from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
 from peft_mlm.fingerprint import base_fingerprint
 from peft_mlm.head_mapping import Renaming, describe_unused, open_checkpoint, rename_checkpoint
-from peft_mlm.model_types import MODEL_TYPES, check_attention, check_config, check_dtype, notices_of
+from peft_mlm.model_checks import check_attention, check_config, check_dtype, notices_of
+from peft_mlm.model_types import MODEL_TYPES
 from peft_mlm.token_lists import read_token_list
 from peft_mlm.tokenizer import add_tokens
 from peft_mlm.untying import keep_apart, keep_ties_of_checkpoint, untie_embeddings

@@ -22,7 +22,8 @@ from peft_mlm.errors import ModelError
 from peft_mlm.heads import tied_parameters
 from peft_mlm.merging import is_tied
 from peft_mlm.model import load_base
-from peft_mlm.model_types import EVERY_ATTENTION, MODEL_TYPES, check_config, notices_of
+from peft_mlm.model_checks import check_config, notices_of
+from peft_mlm.model_types import EVERY_ATTENTION, MODEL_TYPES
 from peft_mlm.positions import position_limit
 from peft_mlm.targets import encoder_linears
 from peft_mlm.tokenization import special_token_frame

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peft_mlm.config import Arguments, describe_help, read_arguments, write_arguments, write_sources
 from peft_mlm.console import bytes_text, is_first_process, print_table
 from peft_mlm.errors import ArgumentsError
-from peft_mlm.model_types import check_before_loading, check_training
+from peft_mlm.model_checks import check_before_loading, check_training
 from peft_mlm.run_folder import (
     RunFolder,
     check_output_dir,
