@@ -28,6 +28,7 @@ from transformers.utils.hub import extract_commit_hash
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
+from peft_mlm.quantization import describe_quantisation, loading_options, prepare_quantised
 from peft_mlm.vocabulary import fit_vocabulary, vocabulary_size
 
 NAMES_SHOWN = 8
@@ -46,6 +47,7 @@ class Base:
         new_token_ids: Ids that the checkpoint's vocabulary does not hold; their rows are new.
         tokenizer_changed: Whether the tokenizer is another than the one that lies with the base model.
         notices: Sentences that the user should read.
+        quantisation: What is quantised and what the base takes (`describe_quantisation`); None for a float base.
     """
 
     model: PreTrainedModel
@@ -56,6 +58,7 @@ class Base:
     new_token_ids: tuple[int, ...] = ()
     tokenizer_changed: bool = False
     notices: tuple[str, ...] = field(default=())
+    quantisation: dict[str, Any] | None = None
 
 
 def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
@@ -96,7 +99,8 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
         fresh_parameters=tuple(fresh),
         tokenizer_changed=arguments.tokenizer_name not in (None, name),
     )
-    return _with_rows_for_tokenizer(_check_own_tokenizer(base, arguments), may_grow=may_grow)
+    base = _with_rows_for_tokenizer(_check_own_tokenizer(base, arguments), may_grow=may_grow)
+    return replace(base, quantisation=describe_quantisation(base.model))
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -217,14 +221,18 @@ def _load_weights(
     name: str, config: PreTrainedConfig, arguments: ModelArguments
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     with _loading("model", name):
-        return AutoModelForMaskedLM.from_pretrained(
+        options = {"dtype": arguments.dtype, **loading_options(config, arguments, name)}
+        own_dtype = config.dtype  # of the checkpoint; loading writes its own there
+        model, loading = AutoModelForMaskedLM.from_pretrained(
             name,
             config=config,
-            dtype=arguments.dtype,
             use_safetensors=_has_safetensors(name),
             output_loading_info=True,
+            **options,
             **_hub_options(arguments, arguments.model_revision),
         )
+        prepare_quantised(model, arguments, own_dtype)
+        return model, loading
 
 
 def _has_safetensors(name: str) -> bool | None:
