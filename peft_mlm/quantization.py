@@ -182,7 +182,7 @@ def dequantise(model: PreTrainedModel) -> PreTrainedModel:
     transformers' own `dequantize` rounds to the type the weights had before quantising.
 
     Args:
-        model: A base, without adapter; it is changed in place.
+        model: A base, without adapter, loaded with dtype float32; it is changed in place.
 
     Returns:
         The same model: all float32, frozen as it was, its config no longer quantised.
@@ -256,10 +256,10 @@ def describe_memory(model: PreTrainedModel) -> dict[str, int]:
     return {**taken, "total": sum(taken.values()), "float32": 4 * weights, "bfloat16": 2 * weights}
 
 
-def train_in_float32(model: nn.Module) -> bool:
-    """Hold what is trained in float32 beside a base in half precision; its inputs and outputs are cast.
+def trained_in_float32(model: nn.Module) -> bool:
+    """Hold modules that are trained in full in float32 in a half-precision base; their inputs and outputs are cast.
 
-    PEFT does so for an adapter's matrices, not for modules that are trained in full.
+    PEFT does so for an adapter's matrices only: small steps would be lost in the rounding of a half type.
 
     Args:
         model: With its adapter; it is changed in place.
@@ -268,11 +268,10 @@ def train_in_float32(model: nn.Module) -> bool:
         Whether anything was cast.
     """
     changed = False
-    for module in list(model.modules()):
-        half = [p for p in module.parameters(recurse=False) if p.dtype in (torch.float16, torch.bfloat16)]
-        trained = [parameter for parameter in half if parameter.requires_grad]
-        if trained:
-            _compute_in_float32(module, trained[0].dtype)
+    for name, module in model.named_modules():
+        half = [p.dtype for p in module.parameters(recurse=False) if p.dtype in (torch.float16, torch.bfloat16)]
+        if half and ".modules_to_save." in name:
+            _compute_in_float32(module, half[0])
             changed = True
     return changed
 
@@ -323,9 +322,7 @@ def _device_to_load_on() -> torch.device:
 
 def _empty_model(config: PreTrainedConfig, arguments: ModelArguments) -> PreTrainedModel:
     with torch.device("meta"), quiet_transformers():
-        return AutoModelForMaskedLM.from_config(
-            copy.deepcopy(config), trust_remote_code=arguments.trust_remote_code
-        )
+        return AutoModelForMaskedLM.from_config(copy.deepcopy(config), trust_remote_code=arguments.trust_remote_code)
 
 
 def _bitsandbytes_config(arguments: ModelArguments, skipped: list[str], device: torch.device) -> BitsAndBytesConfig:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Collection, Mapping
 from typing import Any
-
-from peft_mlm.arguments import ModelArguments
 
 # Options that mean something for one number of bits only.
 NEEDS = {
@@ -18,12 +15,12 @@ NEEDS = {
 QUANTISATION = ("load_in_4bit", "load_in_8bit", *NEEDS)
 
 
-def check_quantization(values: Mapping[str, Any], sources: Mapping[str, str], *, for_training: bool) -> list[str]:
+def check_quantization(values: Mapping[str, Any], given: Collection[str], *, for_training: bool) -> list[str]:
     """Check what is asked for about a quantised base.
 
     Args:
         values: All values by name, defaults included.
-        sources: For each argument that was given where its value comes from.
+        given: Names that the user gave a value.
         for_training: Whether a model is to be trained.
 
     Returns:
@@ -32,7 +29,7 @@ def check_quantization(values: Mapping[str, Any], sources: Mapping[str, str], *,
     asked = [name for name in ("load_in_4bit", "load_in_8bit") if values[name]]
     if len(asked) == 2:
         return ["load_in_4bit and load_in_8bit are both true: choose one."]
-    faults = _check_options(values, sources)
+    faults = _check_options(values, given)
     if not asked:
         return faults
     bits = asked[0]
@@ -58,20 +55,16 @@ def check_quantization(values: Mapping[str, Any], sources: Mapping[str, str], *,
     return faults
 
 
-def _check_options(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
-    """Find options of a kind of quantisation that is not asked for; the defaults in a run's own file are none."""
-    defaults = {item.name: item.default for item in fields(ModelArguments)}
+def idle_options(values: Mapping[str, Any]) -> set[str]:
+    """Name the options that change nothing, since the bits they belong to are not asked for."""
+    return {name for name, bits in NEEDS.items() if not values[bits]}
+
+
+def _check_options(values: Mapping[str, Any], given: Collection[str]) -> list[str]:
     faults = []
     for bits in ("load_in_4bit", "load_in_8bit"):
-        idle = [
-            name
-            for name, needed in NEEDS.items()
-            if needed == bits
-            and not values[bits]
-            and (values[name] != defaults[name] or sources.get(name) == "flag")
-            and name in sources
-        ]
+        idle = [name for name in NEEDS if name in given and name in idle_options(values) and NEEDS[name] == bits]
         if idle:
-            given = f"{' and '.join(idle)} {'is' if len(idle) == 1 else 'are'} given"
-            faults.append(f"{given} without {bits}: add --{bits}, or leave {'it' if len(idle) == 1 else 'them'} out.")
+            names = f"{' and '.join(idle)} {'is' if len(idle) == 1 else 'are'} given"
+            faults.append(f"{names} without {bits}: add --{bits}, or leave {'it' if len(idle) == 1 else 'them'} out.")
     return faults

@@ -17,7 +17,14 @@ MASK_SPELLINGS = ("[MASK]", "<mask>")
 
 
 def fill_mask(
-    name_or_path: str, texts: str | Sequence[str], *, top_k: int = 5, base: str | None = None, use_base: bool = False
+    name_or_path: str,
+    texts: str | Sequence[str],
+    *,
+    top_k: int = 5,
+    base: str | None = None,
+    use_base: bool = False,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
 ) -> list[dict[str, Any]]:
     """Predict the masked tokens of texts.
 
@@ -29,21 +36,25 @@ def fill_mask(
         top_k: How many tokens to give per mask.
         base: Base model, if it is not the recorded one.
         use_base: Leave the adapter out.
+        load_in_4bit: Load a model, or the base, in 4 bits (nf4); an adapter's base is always as it was in training.
+        load_in_8bit: The same in 8 bits.
 
     Returns:
         Per text: `text`, `masks` (per mask `position` in tokens, and `predictions`: `token`, `token_id`,
         `probability`), `filled` (the text with the best token at each mask).
 
     Raises:
-        ArgumentsError: `top_k` is no positive number.
+        ArgumentsError: `top_k` is no positive number, or an adapter is asked for on a base in other bits.
         DataError: A text has no mask, or is longer than the model holds.
     """
-    from peft_mlm.loading import load_target, resolve_target
+    from peft_mlm.loading import load_target, resolve_target, with_quantisation
 
     if top_k < 1:
         raise ArgumentsError(f"top_k is {top_k}; it must be 1 or more.")
     given = [texts] if isinstance(texts, str) else list(texts)
-    loaded = load_target(resolve_target(name_or_path, base=base, part="base" if use_base else "adapted"))
+    target = resolve_target(name_or_path, base=base, part="base" if use_base else "adapted")
+    bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
+    loaded = load_target(with_quantisation(target, bits if any(bits.values()) else {}))
     return [predict(loaded, text, top_k) for text in given]
 
 
@@ -101,7 +112,8 @@ def run(words: Sequence[str]) -> dict[str, Any]:
     texts = given.text or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise DataError("There is no text: give it after the model's name, or on standard input.")
-    results = fill_mask(given.model, texts, top_k=given.top_k, base=given.base, use_base=given.use_base)
+    options = {name: getattr(given, name) for name in ("top_k", "base", "use_base", "load_in_4bit", "load_in_8bit")}
+    results = fill_mask(given.model, texts, **options)
     return {"model": given.model, "results": results}
 
 
@@ -131,5 +143,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--top_k", type=int, default=5, help="tokens per mask (default 5)")
     parser.add_argument("--base", help="base model, if it is not the recorded one")
     parser.add_argument("--use_base", action="store_true", help="leave the adapter out")
+    parser.add_argument("--load_in_4bit", action="store_true", help="load the model, or the base, in 4 bits (nf4)")
+    parser.add_argument("--load_in_8bit", action="store_true", help="the same in 8 bits")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
