@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ def render_card(facts: Mapping[str, Any]) -> str:
             `base_revision` (its commit on the hub, or None), `base_on_hub` (bool), `method`, `trained_modules`,
             `trainable_parameters`, `total_parameters`, `data` (one line), `rows`, `steps`, `max_seq_length`,
             `mlm_probability`, `base` and `adapted` (records with perplexity, accuracy, masked_tokens; or None),
-            `new_tokens` (how many were added), `versions`.
+            `new_tokens` (how many were added), `quantisation` (of the base, or None; as `describe_quantisation` gives
+            it), `base_recipe` (the arguments that shape the base), `versions`.
 
     Returns:
         Markdown with the hub's metadata on top; no local path and no token in it.
@@ -59,6 +61,12 @@ def _body(facts: Mapping[str, Any]) -> list[str]:
         f"{about} Method: {facts['method']}; {facts['trainable_parameters']:,} trained parameters "
         f"({share:.2%} of {facts['total_parameters']:,}).",
     ]
+    if facts["quantisation"]:
+        bits, kind = facts["quantisation"]["bits"], facts["quantisation"]["kind"]
+        lines += [
+            "",
+            f"Trained on the base in {bits} bits ({kind}, bitsandbytes); it belongs on the base as quantised so.",
+        ]
     if facts["trained_modules"]:
         lines += ["", f"Trained in full and shipped: {', '.join(facts['trained_modules'])}."]
     lines += [
@@ -93,17 +101,35 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
         given = "" if facts["base_on_hub"] else f', base="{base}"'
         code = ["import peft_mlm", "", f'model = peft_mlm.load("THIS_FOLDER"{given}).model']
     else:
+        quantisation = _quantisation_config(facts["quantisation"], facts["base_recipe"])
+        quantised = ', dtype="float32", quantization_config=quantization' if quantisation else ""
         code = [
             "from peft import PeftModel",
-            "from transformers import AutoModelForMaskedLM",
+            f"from transformers import AutoModelForMaskedLM{', BitsAndBytesConfig' if quantisation else ''}",
             "",
-            f'base = AutoModelForMaskedLM.from_pretrained("{base}"{pinned})',
+            *quantisation,
+            f'base = AutoModelForMaskedLM.from_pretrained("{base}"{pinned}{quantised})',
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()',
         ]
     lines += ["```python", *code, "```", ""]
     if facts["kind"] == "adapter":
         lines += ['Or `peft-mlm fill-mask THIS_FOLDER "..."`, `peft-mlm merge THIS_FOLDER --output_dir merged`.', ""]
     return lines
+
+
+def _quantisation_config(quantisation: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> list[str]:
+    """Say in transformers' words how the base was quantised; nothing where its checkpoint says so itself."""
+    if quantisation is None or not {"load_in_4bit", "load_in_8bit"} & recipe.keys():
+        return []
+    options = {name: value for name, value in recipe.items() if name.startswith(("load_in_", "bnb_4bit_", "llm_int8_"))}
+    if quantisation["bits"] == 4:
+        options["bnb_4bit_quant_type"] = quantisation["kind"]
+        options["bnb_4bit_compute_dtype"] = quantisation["compute_dtype"]
+    options["llm_int8_skip_modules"] = list(quantisation["kept_float"])
+    lines = [
+        f"    {name}={json.dumps(value) if not isinstance(value, bool) else value}," for name, value in options.items()
+    ]
+    return ["quantization = BitsAndBytesConfig(", *lines, ")"]
 
 
 def _made_with(facts: Mapping[str, Any]) -> list[str]:

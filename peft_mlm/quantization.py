@@ -91,7 +91,7 @@ def resolve_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
         For "auto" bfloat16 on a GPU that has it, else float32.
     """
     if wanted != "auto":
-        return getattr(torch, wanted)  # type: ignore[no-any-return]
+        return getattr(torch, wanted)
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bfloat16 else torch.float32
 

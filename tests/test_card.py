@@ -27,6 +27,8 @@ FACTS: dict[str, Any] = {
     "method": "LoRA, rank 8, alpha 16",
     "trained_modules": (),
     "new_tokens": 0,
+    "quantisation": None,
+    "base_recipe": {},
     "trainable_parameters": 1234,
     "total_parameters": 100_000,
     "data": "letters.txt",

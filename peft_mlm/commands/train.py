@@ -181,7 +181,8 @@ def show(record: dict[str, Any]) -> None:
         ]
         print_table("held-out text", ["", "perplexity", "masked accuracy", "masked tokens"], rows, stream=sys.stdout)
     share = record["trainable_parameters"] / record["total_parameters"]
-    facts = _quantisation_rows(record["quantisation"]) + [
+    facts = [
+        *_quantisation_rows(record["quantisation"]),
         ["trained parameters", f"{record['trainable_parameters']:,} of {record['total_parameters']:,} ({share:.2%})"],
         ["saved", f"{record['saved_to']} ({bytes_text(record['saved_bytes'])})"],
         ["steps, seconds", f"{record['steps']:,}, {record['seconds']:,}"],
