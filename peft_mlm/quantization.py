@@ -75,9 +75,8 @@ def prepare_quantised(model: PreTrainedModel, arguments: ModelArguments, own_dty
             layer.compute_type_is_set = True
             layer.support_avx512bf16_for_cpu = False
     dtype = own_dtype or torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    if dtype != torch.float32:
-        _hold(model, dtype)
-        model.config.dtype = dtype
+    _hold(model, dtype)
+    model.config.dtype = dtype
 
 
 def resolve_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -359,7 +358,10 @@ def _shortened(names: list[str], others: list[str]) -> list[str]:
 
 
 def _hold(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast what is not quantised to a half type; norms stay float32 and cast their inputs and outputs."""
+    """Cast what is not quantised; beside a half type norms are float32 and cast their inputs and outputs.
+
+    transformers leaves some weights of a quantised checkpoint in their own type, whatever `dtype` says (5.24).
+    """
     for module in model.modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
             continue  # the bias stays exact; the layer casts it to the type it computes in
@@ -368,14 +370,14 @@ def _hold(model: PreTrainedModel, dtype: torch.dtype) -> None:
             _compute_in_float32(module, dtype)
             continue
         for parameter in own:
-            if parameter.dtype == torch.float32:
+            if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
 
 
 def _compute_in_float32(module: nn.Module, outside: torch.dtype) -> None:
     """Hold a module in float32 amid others of another type."""
     module.float()
-    if not any(hook is _cast_inputs for hook in module._forward_pre_hooks.values()):
+    if outside != torch.float32 and not any(hook is _cast_inputs for hook in module._forward_pre_hooks.values()):
         module.register_forward_pre_hook(_cast_inputs)
         module.register_forward_hook(lambda module, inputs, output: output.to(outside))
 
