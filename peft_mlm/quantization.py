@@ -10,6 +10,7 @@ LLM.int8(): Dettmers et al. 2022, https://arxiv.org/abs/2208.07339. NF4, double 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -74,6 +75,8 @@ def prepare_quantised(model: PreTrainedModel, arguments: ModelArguments, own_dty
             layer.compute_dtype = resolve_compute_dtype(arguments.bnb_4bit_compute_dtype, layer.weight.device)
             layer.compute_type_is_set = True
             layer.support_avx512bf16_for_cpu = False
+        else:
+            logging.getLogger("bitsandbytes.autograd._functions").addFilter(_no_word_of_casting)
     dtype = own_dtype or torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     _hold(model, dtype)
     model.config.dtype = dtype
@@ -273,6 +276,11 @@ def trained_in_float32(model: nn.Module) -> bool:
             _compute_in_float32(module, half[0])
             changed = True
     return changed
+
+
+def _no_word_of_casting(record: logging.LogRecord) -> bool:
+    """Drop what bitsandbytes says at every use of every 8-bit layer: that it rounds its inputs."""
+    return "inputs will be cast" not in record.getMessage()
 
 
 def _stored_quantisation(config: PreTrainedConfig, name: str) -> dict[str, Any] | None:

@@ -292,3 +292,52 @@ def test_a_run_on_a_checkpoint_quantised_already_reloads_and_merges(
     assert report["max_abs_logit_diff_quantised"] < 1e-5
     with pytest.raises(AdapterError, match="quantised base, whose weights cannot be trained"):
         train(stored, text_file, held_out, tmp_path / "full", use_lora=False)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+@pytest.mark.parametrize("case", ["longer tokenizer", "no head"])
+def test_new_rows_and_a_fresh_head_are_trained_beside_quantised_layers(
+    bits: str, case: str, encoder: Path, base_folder: Path, text_file: Path, held_out: Path, tmp_path: Path
+) -> None:
+    letter_tokenizer(["AB", "CD"]).save_pretrained(tmp_path / "tokenizer")
+    base = encoder if case == "no head" else base_folder
+    changes = {} if case == "no head" else {"tokenizer_name": tmp_path / "tokenizer"}
+    run = train(base, text_file, held_out, tmp_path / "run", max_steps=6, eval_steps=6, **{bits: True}, **changes)
+    loaded = peft_mlm.load(str(run))
+    encoder_layers = {id(module) for module in loaded.base.model.base_model.modules()}
+    assert all(id(layer) in encoder_layers for layer in quantised_layers(loaded.base.model).values())
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["adapted"]["loss"] < summary["base"]["loss"]
+    assert peft_mlm.evaluate(str(run))["loss"] == pytest.approx(summary["adapted"]["loss"], rel=1e-6)
+    assert peft_mlm.merge(str(run), tmp_path / "merged")["max_abs_logit_diff"] < 1e-6
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(
+    bits: str, base_folder: Path, text_file: Path, held_out: Path, tmp_path: Path
+) -> None:
+    whole = train(base_folder, text_file, held_out, tmp_path / "whole", max_steps=8, eval_steps=4, **{bits: True})
+    stopped = shutil.copytree(whole, tmp_path / "stopped")
+    shutil.rmtree(stopped / "checkpoints" / "checkpoint-8")
+    words = ["--output_dir", str(stopped), "--resume_from_checkpoint", "true"]
+    peft_mlm.train(stopped / "arguments.yaml", flags=words)
+    one, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, stopped))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_half_precision_runs_train_their_head_in_float32(
+    bits: str, base_folder: Path, text_file: Path, held_out: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"bf16": True, "use_cpu": True, "dtype": "bfloat16", "modules_to_save": ["lm_head"]}
+    run = train(
+        base_folder, text_file, held_out, tmp_path / "run", max_steps=6, eval_steps=6, **{bits: True}, **changes
+    )
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["adapted"]["loss"] < summary["base"]["loss"]
+    # batches are padded otherwise, which bfloat16 sums see
+    assert peft_mlm.evaluate(str(run))["loss"] == pytest.approx(summary["adapted"]["loss"], rel=1e-4)
+    trained = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert peft_mlm.merge(str(run), tmp_path / "merged")["max_abs_logit_diff"] < 1e-6
