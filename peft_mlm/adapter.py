@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
@@ -26,6 +26,7 @@ from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import AdapterError
 from peft_mlm.further_tokens import with_rows_for
 from peft_mlm.heads import outermost, plan_fresh_head
+from peft_mlm.quantization import parameter_count, trained_in_float32
 from peft_mlm.targets import as_pattern, check_pattern, resolve_modules_to_save, resolve_targets
 from peft_mlm.vocabulary import token_rows
 
@@ -115,9 +116,11 @@ def wrap(model: PreTrainedModel, plan: Plan) -> PeftModel:
         AdapterError: PEFT does not accept the combination.
     """
     try:
-        return _keep_decoder_bias(get_peft_model(model, plan.config))
+        adapted = get_peft_model(model, plan.config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise AdapterError(f"PEFT cannot build this adapter: {error}") from error
+    trained_in_float32(adapted)
+    return _keep_decoder_bias(adapted)
 
 
 def load_adapter(
@@ -144,6 +147,8 @@ def load_adapter(
         with warnings.catch_warnings(record=True) as caught, with_rows_for(model, folder, new_token_ids) as source:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(model, str(source), is_trainable=is_trainable)
+            if trained_in_float32(adapted):  # what PEFT has put into them was rounded
+                set_peft_model_state_dict(adapted, load_peft_weights(str(source), device=str(adapted.device)))
     except AdapterError:
         raise
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
@@ -220,7 +225,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         (trainable, total), a tied parameter counted once.
     """
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(parameter_count(p) for p in parameters)
 
 
 def _keep_decoder_bias(model: PeftModel) -> PeftModel:

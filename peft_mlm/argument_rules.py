@@ -58,11 +58,16 @@ _SHAPE = (
     "loraplus_lr_ratio",
     "use_lorafa",
 )
+_OF_4BIT = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant")
 SETS_ASIDE: dict[str, tuple[str, ...]] = {
     "adapter_name_or_path": _SHAPE,
     "no use_lora": (*_SHAPE, "adapter_name_or_path"),
     "dataset_name": ("train_file", "validation_file", "dataset_config_name", "dataset_revision"),
     "train_file": ("dataset_name", "dataset_config_name", "dataset_revision"),
+    "load_in_4bit": ("load_in_8bit", "llm_int8_threshold"),
+    "load_in_8bit": ("load_in_4bit", *_OF_4BIT),
+    "no load_in_4bit": _OF_4BIT,
+    "no load_in_8bit": ("llm_int8_threshold",),
 }
 
 # Set by the command, or by the launcher for each process: not part of what a run is.
@@ -150,6 +155,7 @@ RANGES: dict[str, Range] = {
     "mask_replace_prob": _SHARE,
     "random_replace_prob": _SHARE,
     "eval_mask_seed": _SEED,
+    "llm_int8_threshold": Range(low=0),
     "early_stopping_patience": _COUNT,
     "early_stopping_threshold": _NOT_NEGATIVE,
     "lora_r": _COUNT,

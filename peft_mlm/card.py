@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ def render_card(facts: Mapping[str, Any]) -> str:
             `mlm_probability`, `base` and `adapted` (records with perplexity, accuracy, masked_tokens; or None),
             `renamed` (whether the base's weights have other names than transformers looks for), `new_tokens` (how many
             were added), `growth_code` (lines of plain transformers that add their rows to a fresh `base`), `untied`
-            (whether the decoder was given a matrix of its own), `versions`.
+            (whether the decoder was given a matrix of its own), `quantisation` (of the base, or None; as
+            `describe_quantisation` gives it), `base_recipe` (the arguments that shape the base), `versions`.
 
     Returns:
         Markdown with the hub's metadata on top; no local path and no token in it.
@@ -61,6 +63,12 @@ def _body(facts: Mapping[str, Any]) -> list[str]:
         f"{about} Method: {facts['method']}; {facts['trainable_parameters']:,} trained parameters "
         f"({share:.2%} of {facts['total_parameters']:,}).",
     ]
+    if facts["quantisation"]:
+        bits, kind = facts["quantisation"]["bits"], facts["quantisation"]["kind"]
+        lines += [
+            "",
+            f"Trained on the base in {bits} bits ({kind}, bitsandbytes); it belongs on the base as quantised so.",
+        ]
     if facts["trained_modules"]:
         lines += ["", f"Trained in full and shipped: {', '.join(facts['trained_modules'])}."]
     lines += [
@@ -87,11 +95,11 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
     pinned = f', revision="{facts["base_revision"]}"' if facts["base_revision"] else ""
     if facts["kind"] == "model":
         code = ["from transformers import pipeline", "", 'fill = pipeline("fill-mask", model="THIS_FOLDER")']
-    elif facts["renamed"]:
-        lines += [
-            "The base's weights have names that transformers does not know: alone it would start them at random.",
-            "",
-        ]
+    elif facts["renamed"] or (facts["new_tokens"] and facts["quantisation"]):
+        why = "PEFT alone leaves the decoder's bias out where tokens were added, and cannot merge into fewer bits."
+        if facts["renamed"]:
+            why = "The base's weights have names that transformers does not know: alone it would start them at random."
+        lines += [why, ""]
         given = "" if facts["base_on_hub"] else f', base="{base}"'
         code = ["import peft_mlm", "", f'model = peft_mlm.load("THIS_FOLDER"{given}).model']
     elif facts["new_tokens"]:
@@ -117,11 +125,14 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
                 'model = AutoPeftModel.from_pretrained("THIS_FOLDER").merge_and_unload().eval()',
             ]
     else:
+        quantisation = _quantisation_config(facts["quantisation"], facts["base_recipe"])
+        quantised = ', dtype="float32", quantization_config=quantization' if quantisation else ""
         code = [
             "from peft import PeftModel",
-            "from transformers import AutoModelForMaskedLM",
+            f"from transformers import AutoModelForMaskedLM{', BitsAndBytesConfig' if quantisation else ''}",
             "",
-            f'base = AutoModelForMaskedLM.from_pretrained("{base}"{pinned})',
+            *quantisation,
+            f'base = AutoModelForMaskedLM.from_pretrained("{base}"{pinned}{quantised})',
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()',
         ]
     lines += ["```python", *code, "```", ""]
@@ -134,6 +145,21 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
     if facts["kind"] == "adapter":
         lines += ['Or `peft-mlm fill-mask THIS_FOLDER "..."`, `peft-mlm merge THIS_FOLDER --output_dir merged`.', ""]
     return lines
+
+
+def _quantisation_config(quantisation: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> list[str]:
+    """Say in transformers' words how the base was quantised; nothing where its checkpoint says so itself."""
+    if quantisation is None or not {"load_in_4bit", "load_in_8bit"} & recipe.keys():
+        return []
+    options = {name: value for name, value in recipe.items() if name.startswith(("load_in_", "bnb_4bit_", "llm_int8_"))}
+    if quantisation["bits"] == 4:
+        options["bnb_4bit_quant_type"] = quantisation["kind"]
+        options["bnb_4bit_compute_dtype"] = quantisation["compute_dtype"]
+    options["llm_int8_skip_modules"] = list(quantisation["kept_float"])
+    lines = [
+        f"    {name}={json.dumps(value) if not isinstance(value, bool) else value}," for name, value in options.items()
+    ]
+    return ["quantization = BitsAndBytesConfig(", *lines, ")"]
 
 
 def _made_with(facts: Mapping[str, Any]) -> list[str]:

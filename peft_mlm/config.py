@@ -29,6 +29,7 @@ from peft_mlm.argument_sources import read_file, read_flags, ungroup
 from peft_mlm.argument_types import FALSE_WORDS, NONE_WORDS, ArgumentType, convert, parse_type, show
 from peft_mlm.arguments import DataTrainingArguments, ModelArguments, PEFTArguments
 from peft_mlm.errors import ArgumentsError
+from peft_mlm.quantization_rules import check_quantization, idle_options
 from peft_mlm.renamed_arguments import OLD_ARGUMENTS, Dropped, OldArgument, Refused, Renamed, Translated
 from peft_mlm.run_folder import write_json, write_text
 
@@ -257,6 +258,7 @@ def _resolve(found: _Findings, *, for_training: bool) -> Arguments:
         values["model_type"], sources["model_type"] = None, "default"
     peft_names = [name for name, item in fields.items() if item.group == "peft"]
     rules = check_arguments(values, given, peft_names=peft_names, for_training=for_training)
+    rules += check_quantization(values, given, for_training=for_training)
     # A rule that speaks of an argument already at fault says nothing new.
     faults = found.faults + [text for text in rules if not set(re.findall(r"\w+", text)) & found.broken]
     if faults:
@@ -331,6 +333,8 @@ def _record(arguments: Arguments, group: Group) -> dict[str, Any]:
     else:
         part = getattr(arguments, group)
         values = {} if part is None else {item.name: getattr(part, item.name) for item in dataclasses.fields(part)}
+    if group == "model":
+        values = {name: value for name, value in values.items() if name not in idle_options(values)}
     if group == "peft" and values.get("adapter_name_or_path"):
         # The adapter brings the rest.
         values = {name: values[name] for name in ("use_lora", "adapter_name_or_path")}

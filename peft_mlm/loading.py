@@ -6,10 +6,10 @@ merged model) belongs to that run. The base's vocabulary is made as long as the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -19,9 +19,10 @@ from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import BASE_RECIPE, with_base_recipe
 from peft_mlm.config import Arguments, read_arguments
-from peft_mlm.errors import AdapterError, ModelError
+from peft_mlm.errors import AdapterError, ArgumentsError, ModelError
 from peft_mlm.fingerprint import BASE_FINGERPRINT, changed_weights, misfits, read_fingerprint
 from peft_mlm.model import Base, load_base, load_outline, with_tokenizer_of
+from peft_mlm.quantization import dequantise
 from peft_mlm.run_folder import RunFolder, is_run_folder
 
 FILES_OF_ADAPTER = (
@@ -113,12 +114,38 @@ def find_adapter(name_or_path: str) -> Path:
     return folder
 
 
-def load_target(target: Target, *, any_base: bool = False) -> Loaded:
+def with_quantisation(target: Target, wanted: Mapping[str, Any]) -> Target:
+    """Load a base, or a whole model, in other bits than recorded.
+
+    Args:
+        target: Where to load from.
+        wanted: Arguments of quantisation by name; empty to leave all as it is.
+
+    Returns:
+        The target with these arguments.
+
+    Raises:
+        ArgumentsError: There is an adapter: it fits only the base as it was trained on; or both bits are asked for.
+    """
+    asked = [f"--{name}" for name, value in wanted.items() if value is True]
+    if wanted.get("load_in_4bit") and wanted.get("load_in_8bit"):
+        raise ArgumentsError("load_in_4bit and load_in_8bit are both true: choose one.")
+    if wanted and target.adapter is not None:
+        raise ArgumentsError(
+            f"{', '.join(asked) or 'Quantisation'}: an adapter is loaded on its base as that was in training. Leave it "
+            "out, or merge the adapter first and load the merged model in fewer bits."
+        )
+    return replace(target, base=replace(target.base, **wanted))
+
+
+def load_target(target: Target, *, any_base: bool = False, dequantised: bool = False) -> Loaded:
     """Load what `resolve_target` found.
 
     Args:
         target: Where to load from.
         any_base: Put the adapter on a base with other weights than it was trained on.
+        dequantised: Whether a quantised base is turned into the float32 model it computes as, on the CPU, before the
+            adapter is put on it; its `dtype` must be float32.
 
     Returns:
         The model in evaluation mode, with its tokenizer.
@@ -147,6 +174,8 @@ def load_target(target: Target, *, any_base: bool = False) -> Loaded:
         check_adapter_fits(target.adapter, ADAPTER_WEIGHTS, config, outline, rows=rows)
     base = _load_base(target, arguments, may_grow=with_tokenizer)
     check_base(target.adapter, base, any_base=any_base)
+    if dequantised:
+        dequantise(base.model).cpu()
     adapted = load_adapter(base.model, target.adapter).eval()
     return Loaded(adapted, base.tokenizer, base)
 

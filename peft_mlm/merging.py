@@ -15,6 +15,7 @@ from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import MergeError
 from peft_mlm.heads import tied_parameters
 from peft_mlm.positions import position_limit
+from peft_mlm.quantization import is_quantised
 from peft_mlm.run_folder import staged, write_json
 
 PROBE_ROWS, PROBE_LENGTH = 16, 64
@@ -40,6 +41,8 @@ class MergeReport:
         tied: Whether the decoder is still the embedding matrix in the merged model (None: it was not in the base).
         dtype: Type the merged weights were written in.
         compared_in: Type the comparison was computed in.
+        max_abs_logit_diff_quantised: Largest difference from the adapter on its quantised base as it ran in training,
+            which rounds inputs too (8 bits) or computes in a half type; None where the base was float.
     """
 
     max_abs_logit_diff: float
@@ -50,6 +53,7 @@ class MergeReport:
     tied: bool | None
     dtype: str
     compared_in: str
+    max_abs_logit_diff_quantised: float | None = None
 
     def describe(self) -> dict[str, Any]:
         """Give the report as a record."""
@@ -57,7 +61,12 @@ class MergeReport:
 
 
 def merge_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, dtype: str = "float32"
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
+    *,
+    dtype: str = "float32",
+    quantised: torch.Tensor | None = None,
 ) -> MergeReport:
     """Merge the adapter into its base, write the model, load it afresh, and compare it with what was trained.
 
@@ -66,6 +75,7 @@ def merge_adapter(
         tokenizer: Written beside the model.
         output_dir: Made by this call; it appears complete or not at all.
         dtype: float32, bfloat16 or float16; the merge itself is done in float32, and cast once.
+        quantised: Logits (`probe_logits`) of the adapter on its quantised base, where `model` has it dequantised.
 
     Returns:
         What the comparison gave; it is written beside the model as merge_report.json.
@@ -73,6 +83,8 @@ def merge_adapter(
     Raises:
         MergeError: The method cannot be merged, or the merged model differs by more than rounding.
     """
+    if is_quantised(model):
+        raise MergeError("A sum put back into 4 or 8 bits is another model: dequantise the base first.")
     model.eval()
     was_tied, ties = is_tied(model), model.config.tie_word_embeddings
     probe = probe_rows(model.get_base_model(), tokenizer)
@@ -103,6 +115,7 @@ def merge_adapter(
             tied=tied,
             dtype=dtype,
             compared_in=str(precise).removeprefix("torch."),
+            max_abs_logit_diff_quantised=None if quantised is None else float((quantised - given).abs().max()),
         )
         _check(report)
         write_json(folder / REPORT, report.describe())
@@ -141,6 +154,19 @@ def probe_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> to
     rows = ordinary[torch.randint(len(ordinary), (PROBE_ROWS, length), generator=generator)]
     rows[:, 3::7] = tokenizer.mask_token_id
     return rows
+
+
+def probe_logits(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Compute the logits that models are compared by, in the type the model runs in.
+
+    Args:
+        model: Base with adapter, in evaluation mode.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        (rows, tokens, vocabulary), float64, on the CPU.
+    """
+    return _logits(model, probe_rows(model.get_base_model(), tokenizer))
 
 
 @torch.no_grad()

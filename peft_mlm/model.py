@@ -32,6 +32,7 @@ from peft_mlm.fingerprint import base_fingerprint
 from peft_mlm.head_mapping import Renaming, describe_unused, open_checkpoint, rename_checkpoint
 from peft_mlm.model_checks import check_attention, check_config, check_dtype, notices_of
 from peft_mlm.model_types import MODEL_TYPES
+from peft_mlm.quantization import describe_quantisation, loading_options, prepare_quantised
 from peft_mlm.token_lists import read_token_list
 from peft_mlm.tokenizer import add_tokens
 from peft_mlm.untying import keep_apart, keep_ties_of_checkpoint, untie_embeddings
@@ -56,6 +57,7 @@ class Base:
         tokenizer_changed: Whether the tokenizer is another than the one that lies with the base model.
         fingerprint: What tells this base from others of the same shapes (`fingerprint.base_fingerprint`).
         notices: Sentences that the user should read.
+        quantisation: What is quantised and what the base takes (`describe_quantisation`); None for a float base.
     """
 
     model: PreTrainedModel
@@ -69,6 +71,7 @@ class Base:
     tokenizer_changed: bool = False
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = field(default=())
+    quantisation: dict[str, Any] | None = None
 
 
 def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
@@ -104,7 +107,8 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
         fingerprint=base_fingerprint(model, without=fresh),
         notices=(*notices_of(config.to_dict()), *notices),
     )
-    return _with_own_decoder(_with_new_tokens(base, arguments, may_grow=may_grow), arguments)
+    base = _with_own_decoder(_with_new_tokens(base, arguments, may_grow=may_grow), arguments)
+    return replace(base, quantisation=describe_quantisation(base.model))
 
 
 def load_outline(arguments: ModelArguments) -> PreTrainedModel | None:
@@ -367,14 +371,16 @@ def _load_weights(
     name: str, config: PreTrainedConfig, arguments: ModelArguments, names: dict[str, str] | None = None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     with _loading("model", name):
+        options = {"dtype": arguments.dtype, **loading_options(config, arguments, name)}
+        own_dtype = config.dtype  # of the checkpoint; loading writes its own there
         model, loading = AutoModelForMaskedLM.from_pretrained(
             name,
             config=config,
-            dtype=arguments.dtype,
             use_safetensors=_has_safetensors(name),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             key_mapping=names,
+            **options,
             **_attention(arguments),
             **_hub_options(arguments, arguments.model_revision),
         )
@@ -384,6 +390,7 @@ def _load_weights(
             f"{name} does not fit its own config.json: {key} has the shape {tuple(theirs)}, the config asks for "
             f"{tuple(ours)} ({len(loading['mismatched_keys'])} such weights). Give the config that belongs to it."
         )
+    prepare_quantised(model, arguments, own_dtype)
     return model, loading
 
 

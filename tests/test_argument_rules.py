@@ -134,6 +134,7 @@ EDGES = {
     "seed": ([0], [-1, 2**32]),
     "data_seed": ([0], [-1]),
     "ddp_timeout": ([1], [0]),
+    "llm_int8_threshold": ([], [-1]),
 }
 
 

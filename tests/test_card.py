@@ -30,6 +30,8 @@ FACTS: dict[str, Any] = {
     "renamed": False,
     "untied": False,
     "growth_code": (),
+    "quantisation": None,
+    "base_recipe": {},
     "trainable_parameters": 1234,
     "total_parameters": 100_000,
     "data": "letters.txt",

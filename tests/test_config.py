@@ -13,6 +13,7 @@ from peft_mlm.argument_fields import GROUPS, argument_fields
 from peft_mlm.argument_rules import NOT_RECORDED
 from peft_mlm.config import describe_help, read_arguments, write_arguments, write_sources
 from peft_mlm.errors import ArgumentsError
+from peft_mlm.quantization_rules import NEEDS
 
 BASE = {"model_name_or_path": "base", "train_file": "a.txt", "output_dir": "out"}
 WALK_THROUGH = {
@@ -98,7 +99,7 @@ def test_the_written_file_is_plain_yaml_with_a_title_per_group_and_numbers_as_nu
     assert plain["learning_rate"] == 3e-4
     assert plain["train_file"] == ["a.txt"]
     known = {name for name, field in argument_fields().items() if field.default not in (None, MISSING)}
-    assert set(plain) == known - NOT_RECORDED | set(BASE) | {"eval_steps"}
+    assert set(plain) == known - NOT_RECORDED - set(NEEDS) | set(BASE) | {"eval_steps"}
 
 
 def test_writing_replaces_a_file_and_leaves_no_other(tmp_path):

@@ -12,6 +12,7 @@ from peft_mlm.argument_fields import argument_fields
 from peft_mlm.argument_rules import RANGES
 from peft_mlm.config import SECRETS, read_arguments, write_arguments
 from peft_mlm.errors import ArgumentsError
+from peft_mlm.quantization_rules import QUANTISATION
 from tests.test_config import BASE, as_words, groups
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1).filter(
@@ -76,6 +77,7 @@ def lora_or_none(values):
         "line_by_line",
     )
     refused += ("load_best_model_at_end", "early_stopping_patience", "lr_scheduler_type", "fp16_full_eval")
+    refused += QUANTISATION
     refused += ("dataloader_prefetch_factor", "mask_replace_prob", "random_replace_prob")
     return {name: value for name, value in wanted.items() if name not in refused}
 
@@ -115,6 +117,8 @@ def test_what_is_written_reads_back_to_equal_groups(tmp_path_factory, values):
         {"adapter_name_or_path": "old", "use_lora": True},
         {"adapter_name_or_path": "old"},
         {"line_by_line": True},
+        {"use_lora": True, "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+        {"use_lora": True, "load_in_8bit": True, "llm_int8_threshold": 0},
         {"do_eval": False},
         {"early_stopping_patience": 2, "eval_steps": 10},
         {"resume_from_checkpoint": True},

@@ -15,10 +15,11 @@ from peft_mlm.arguments import ModelArguments
 from peft_mlm.config import Arguments, describe_help, read_arguments
 from peft_mlm.console import CommandParser, print_table
 from peft_mlm.errors import ArgumentsError
+from peft_mlm.quantization_rules import QUANTISATION
 from peft_mlm.run_folder import RunFolder
 
 # Flags of the model group that say how to load, not what.
-HOW_TO_LOAD = ("model_revision", "token", "cache_dir", "trust_remote_code", "dtype")
+HOW_TO_LOAD = ("model_revision", "token", "cache_dir", "trust_remote_code", "dtype", *QUANTISATION)
 
 
 def evaluate(
@@ -53,7 +54,8 @@ def evaluate(
     from peft_mlm import collator
     from peft_mlm.corpus import build_corpus
     from peft_mlm.data import load_text
-    from peft_mlm.loading import load_target, resolve_target
+    from peft_mlm.loading import load_target, resolve_target, with_quantisation
+    from peft_mlm.quantization import is_quantised
     from peft_mlm.trainer import build_training_arguments, scores_of
 
     target = resolve_target(name_or_path, base=base, part="base" if use_base else "adapted")
@@ -62,7 +64,12 @@ def evaluate(
     if config is None and not flags:
         raise ArgumentsError(f"On which text? {name_or_path} is no run: give --validation_file or --dataset_name.")
     arguments = read_arguments(config, flags, for_training=False)
+    quantisation = {name: getattr(arguments.model, name) for name in QUANTISATION}
+    asked = any(arguments.sources[name] == "flag" for name in QUANTISATION)
+    target = with_quantisation(target, quantisation if asked else {})
     target = replace(target, base=_how_to_load(target.base, arguments))
+    with tempfile.TemporaryDirectory() as nowhere:
+        training = build_training_arguments({**arguments.training, "resume_from_checkpoint": None}, Path(nowhere))
     data = arguments.data
     text = load_text(data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=("validation",))
     loaded = load_target(target, any_base=any_base)
@@ -76,9 +83,8 @@ def evaluate(
         seed=data.eval_mask_seed,
         fixed=True,
     )
-    with tempfile.TemporaryDirectory() as nowhere:
-        training = build_training_arguments({**arguments.training, "resume_from_checkpoint": None}, Path(nowhere))
-        scores = scores_of(loaded.model.to(training.device), rows, masking, training, label="evaluating")
+    model = loaded.model if is_quantised(loaded.model) else loaded.model.to(training.device)
+    scores = scores_of(model, rows, masking, training, label="evaluating")
     return {
         "model": name_or_path,
         "part": "base" if use_base else "model" if target.kind == "model" else "adapted",

@@ -24,6 +24,8 @@ def fill_mask(
     base: str | None = None,
     any_base: bool = False,
     use_base: bool = False,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
 ) -> list[dict[str, Any]]:
     """Predict the masked tokens of texts.
 
@@ -36,22 +38,25 @@ def fill_mask(
         base: Base model, if it is not the recorded one.
         any_base: Put the adapter on a base with other weights than it was trained on.
         use_base: Leave the adapter out.
+        load_in_4bit: Load a model, or the base, in 4 bits (nf4); an adapter's base is always as it was in training.
+        load_in_8bit: The same in 8 bits.
 
     Returns:
         Per text: `text`, `masks` (per mask `position` in tokens, and `predictions`: `token`, `token_id`,
         `probability`), `filled` (the text with the best token at each mask).
 
     Raises:
-        ArgumentsError: `top_k` is no positive number.
+        ArgumentsError: `top_k` is no positive number, or an adapter is asked for on a base in other bits.
         DataError: A text has no mask, or is longer than the model holds.
     """
-    from peft_mlm.loading import load_target, resolve_target
+    from peft_mlm.loading import load_target, resolve_target, with_quantisation
 
     if top_k < 1:
         raise ArgumentsError(f"top_k is {top_k}; it must be 1 or more.")
     given = [texts] if isinstance(texts, str) else list(texts)
     target = resolve_target(name_or_path, base=base, part="base" if use_base else "adapted")
-    loaded = load_target(target, any_base=any_base)
+    bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
+    loaded = load_target(with_quantisation(target, bits if any(bits.values()) else {}), any_base=any_base)
     return [predict(loaded, text, top_k) for text in given]
 
 
@@ -110,7 +115,14 @@ def run(words: Sequence[str]) -> dict[str, Any]:
     if not texts:
         raise DataError("There is no text: give it after the model's name, or on standard input.")
     results = fill_mask(
-        given.model, texts, top_k=given.top_k, base=given.base, any_base=given.any_base, use_base=given.use_base
+        given.model,
+        texts,
+        top_k=given.top_k,
+        base=given.base,
+        any_base=given.any_base,
+        use_base=given.use_base,
+        load_in_4bit=given.load_in_4bit,
+        load_in_8bit=given.load_in_8bit,
     )
     return {"model": given.model, "results": results}
 
@@ -142,5 +154,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--base", help="base model, if it is not the recorded one")
     parser.add_argument("--any_base", action="store_true", help="even if the adapter was trained on another base")
     parser.add_argument("--use_base", action="store_true", help="leave the adapter out")
+    parser.add_argument("--load_in_4bit", action="store_true", help="load the model, or the base, in 4 bits (nf4)")
+    parser.add_argument("--load_in_8bit", action="store_true", help="the same in 8 bits")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

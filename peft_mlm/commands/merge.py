@@ -35,7 +35,8 @@ def merge(
 
     Returns:
         `output_dir`, `bytes`, and what the comparison with base + adapter gave: `max_abs_logit_diff`,
-        `max_abs_logit_diff_as_run`, `max_abs_logit`, `top1_agreement`, `positions`, `tied`, `dtype`, `compared_in`.
+        `max_abs_logit_diff_as_run`, `max_abs_logit`, `top1_agreement`, `positions`, `tied`, `dtype`, `compared_in`,
+        `max_abs_logit_diff_quantised`. A quantised base is dequantised: the merged model is float.
 
     Raises:
         AdapterError: There is no adapter, or it does not fit.
@@ -44,7 +45,8 @@ def merge(
         RunFolderError: `output_dir` is not empty, or cannot be made.
     """
     from peft_mlm.loading import load_target, resolve_target
-    from peft_mlm.merging import merge_adapter
+    from peft_mlm.merging import merge_adapter, probe_logits
+    from peft_mlm.quantization import is_quantised
 
     if dtype not in DTYPES:
         raise ArgumentsError(f"dtype is {dtype!r}: choose {', '.join(DTYPES)}.")
@@ -56,9 +58,14 @@ def merge(
             f"There is nothing to merge: {name_or_path} is no adapter, and no run with one. Give a folder, or a hub "
             "name, that holds adapter_config.json."
         )
-    loaded = load_target(replace(target, base=replace(target.base, dtype="float32")), any_base=any_base)
+    exact = replace(target, base=replace(target.base, dtype="float32"))
+    loaded, quantised = load_target(exact, any_base=any_base), None
+    if is_quantised(loaded.model):
+        as_run = loaded if target.base.dtype == "float32" else load_target(target, any_base=any_base)
+        quantised = probe_logits(as_run.model, as_run.tokenizer)
+        loaded = load_target(exact, any_base=any_base, dequantised=True)
     # Resolved: the folder is replaced as a whole, which a link cannot be.
-    report = merge_adapter(loaded.model, loaded.tokenizer, output.resolve(), dtype=dtype)
+    report = merge_adapter(loaded.model, loaded.tokenizer, output.resolve(), dtype=dtype, quantised=quantised)
     return {"output_dir": str(output), "bytes": folder_bytes(output), **report.describe()}
 
 
@@ -76,6 +83,8 @@ def show(record: dict[str, Any]) -> None:
         ["largest difference of a logit", record["max_abs_logit_diff"]],
         ["same most probable token", f"{record['top1_agreement']:.2%} of {record['positions']:,} positions"],
     ]
+    if record["max_abs_logit_diff_quantised"] is not None:
+        rows.append(["largest difference from the quantised run", record["max_abs_logit_diff_quantised"]])
     print_table("merged", None, rows, stream=sys.stdout)
 
 

@@ -149,7 +149,12 @@ def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
 
     from transformers import set_seed
 
-    from peft_mlm.adaptation import adapt, adapter_to_go_on_with, with_adapter_tokenizer
+    from peft_mlm.adaptation import (
+        adapt,
+        adapter_to_go_on_with,
+        with_adapter_tokenizer,
+        with_base_of_adapter,
+    )
     from peft_mlm.corpus import build_corpus
     from peft_mlm.data import load_text
     from peft_mlm.model import load_base
@@ -160,6 +165,7 @@ def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
     evaluates = arguments.training.get("do_eval") is not False
     splits = ("train", "validation") if evaluates else ("train",)
     adapter = adapter_to_go_on_with(arguments)
+    arguments = with_base_of_adapter(arguments, adapter)
     with training.main_process_first(desc="reading text"):  # one process fills the caches, the others find them
         text = load_text(
             arguments.data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=splits
@@ -192,6 +198,7 @@ def show(record: dict[str, Any]) -> None:
         print_table("held-out text", ["", "perplexity", "masked accuracy", "masked tokens"], rows, stream=sys.stdout)
     share = record["trainable_parameters"] / record["total_parameters"]
     facts = [
+        *_quantisation_rows(record["quantisation"]),
         ["trained parameters", f"{record['trainable_parameters']:,} of {record['total_parameters']:,} ({share:.2%})"],
         ["saved", f"{record['saved_to']} ({bytes_text(record['saved_bytes'])})"],
         ["steps, seconds", f"{record['steps']:,}, {record['seconds']:,}"],
@@ -206,6 +213,19 @@ def help_text() -> str:
         "Train an adapter (--use_lora) or the whole model. Flags override the file.\n"
     )
     return usage + "\n" + describe_help(("model", "data", "peft", "training"))
+
+
+def _quantisation_rows(quantisation: Mapping[str, Any] | None) -> list[list[str]]:
+    if quantisation is None:
+        return []
+    memory = {part: bytes_text(size) for part, size in quantisation["memory"].items()}
+    kind = f"{quantisation['kind']}{' with double quantisation' if quantisation['double_quant'] else ''}"
+    computes = f", computing in {quantisation['compute_dtype']}" if quantisation["compute_dtype"] else ""
+    return [
+        ["base", f"{quantisation['layers']} layers in {quantisation['bits']} bits ({kind}){computes}"],
+        ["memory of the base", f"{memory['total']} (float32 {memory['float32']}, bfloat16 {memory['bfloat16']})"],
+        ["  of that", ", ".join(f"{part} {memory[part]}" for part in ("quantised", "embeddings", "head", "other"))],
+    ]
 
 
 def _tell(notices: Iterable[str]) -> None:
@@ -322,6 +342,7 @@ def _describe_run(prepared: Prepared) -> dict[str, Any]:
         "method": "full" if prepared.arguments.peft is None else "lora",
         "trainable_parameters": trainable,
         "total_parameters": total,
+        "quantisation": prepared.base.quantisation,
         "base": None,
         "adapted": None,
     }
@@ -368,6 +389,7 @@ def _save(prepared: Prepared, summary: dict[str, Any]) -> None:
 
 
 def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any]:
+    from peft_mlm.base_recipe import base_recipe
     from peft_mlm.card import name_data
     from peft_mlm.model import published_name
 
@@ -384,6 +406,7 @@ def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any
         "base_revision": base.revision,
         "base_on_hub": name is not None and not Path(base.name_or_path or "").expanduser().exists(),
         "method": method,
+        "base_recipe": base_recipe(arguments.model),
         "trained_modules": prepared.plan.trained_modules if prepared.plan else (),
         "new_tokens": len(base.new_token_ids),
         "renamed": base.renamed_weights,

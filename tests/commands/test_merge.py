@@ -22,7 +22,7 @@ from tests.tiny import perturb, save_base
 
 KEYS = {
     "output_dir", "bytes", "max_abs_logit_diff", "max_abs_logit_diff_as_run", "max_abs_logit", "top1_agreement",
-    "positions", "tied", "dtype", "compared_in",
+    "positions", "tied", "dtype", "compared_in", "max_abs_logit_diff_quantised",
 }  # fmt: skip
 IDS = torch.tensor([[0, 7, 4, 9, 10, 4, 12, 13, 2]])
 
