@@ -187,6 +187,8 @@ def _grow(model: PreTrainedModel, rows: int, needed: int) -> None:
     for name in lone:
         module = model.get_submodule(name)
         bias: Any = module.bias
+        if len(bias) == needed:  # where an untied decoder and its head have a bias each, transformers sets both
+            continue
         grown = nn.functional.pad(bias.detach(), (0, needed - rows))
         module.bias = nn.Parameter(grown, requires_grad=bias.requires_grad)
     decoder: Any = model.get_output_embeddings()

@@ -395,6 +395,6 @@ def test_other_formats_are_refused_with_a_sentence(method: str, bert: Path, tmp_
 
 
 def test_a_type_without_linear_layers_is_refused(tmp_path: Path) -> None:
-    folder = save_base(tmp_path / "ibert", "ibert")
+    folder = save_base(tmp_path / "squeezebert", "squeezebert")
     with pytest.raises(ModelError, match="no linear layer that bitsandbytes can quantise"):
         load_base(ModelArguments(str(folder), **FOUR))
