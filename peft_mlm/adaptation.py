@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft_mlm.adapter import Plan, load_adapter, plan_lora, wrap
+from peft_mlm.adapter import Plan, load_adapter, plan_adapter, wrap
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.config import Arguments
 from peft_mlm.loading import find_adapter
@@ -61,5 +61,5 @@ def adapt(base: Base, arguments: Arguments, adapter: Path | None) -> tuple[Any, 
         return base.model, None
     if adapter is not None:
         return load_adapter(base.model, adapter, is_trainable=True), None
-    plan = plan_lora(base.model, peft, fresh_parameters=base.fresh_parameters, new_token_ids=base.new_token_ids)
+    plan = plan_adapter(base.model, peft, fresh_parameters=base.fresh_parameters, new_token_ids=base.new_token_ids)
     return wrap(base.model, plan), plan

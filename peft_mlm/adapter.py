@@ -1,7 +1,7 @@
 """The adapter: which layers it changes, made anew or loaded, and saved so that it fits on the untouched base.
 
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. rsLoRA: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
-DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353. The layers come from PEFT.
+DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353; for all methods see `methods.py`. The layers come from PEFT.
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_mlm.adapter_config import build_config, find_targets
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import AdapterError
 from peft_mlm.heads import plan_fresh_head, tied_parameters
-from peft_mlm.targets import as_pattern, check_pattern, resolve_modules_to_save, resolve_targets
+from peft_mlm.targets import resolve_modules_to_save
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Ways to start that leave the base as it is and need no data.
-INITIALISATIONS: dict[str, bool | str] = {"true": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
 @dataclass(frozen=True)
@@ -37,42 +36,45 @@ class Plan:
 
     Attributes:
         config: PEFT's configuration.
-        target_modules: Full names of the layers that get low-rank matrices.
+        target_modules: Full names of the layers that the method changes.
         trained_modules: Full names of the modules trained and shipped whole.
         notices: Sentences that the user should read.
     """
 
-    config: LoraConfig
+    config: PeftConfig
     target_modules: tuple[str, ...]
     trained_modules: tuple[str, ...]
     notices: tuple[str, ...]
 
 
-def plan_lora(
+def plan_adapter(
     model: PreTrainedModel,
     arguments: PEFTArguments,
     *,
     fresh_parameters: Iterable[str] = (),
     new_token_ids: Sequence[int] = (),
+    total_steps: int | None = None,
 ) -> Plan:
-    """Decide what a new LoRA adapter consists of.
+    """Decide what a new adapter consists of.
 
     Args:
         model: The masked LM.
-        arguments: The options of the adapter.
+        arguments: The method and its options; LoRA if none is named.
         fresh_parameters: Head parameters that the checkpoint did not bring: their modules are trained and shipped.
         new_token_ids: Ids whose embedding rows are new: these rows are trained and shipped.
+        total_steps: Optimiser steps of the run, for methods with a schedule (AdaLoRA).
 
     Returns:
         PEFT's configuration with what it will adapt.
 
     Raises:
-        AdapterError: An option names no layer of the model, or a layer that cannot be adapted.
+        AdapterError: An option names no layer of the model, or a layer that cannot be adapted; or the method does not
+            serve this base.
     """
     head = plan_fresh_head(model, fresh_parameters)
     asked, notices = resolve_modules_to_save(model, arguments.modules_to_save)
     trained = sorted({*head.modules, *asked})
-    targets = resolve_targets(model, arguments, without=trained)
+    targets = find_targets(model, arguments, without=trained)
     if head.modules:
         notices.append(
             f"The checkpoint has no masked LM head of its own: {', '.join(head.modules)} start fresh, are trained in "
@@ -85,21 +87,15 @@ def plan_lora(
             "The decoder of this model is not tied to its embeddings: new tokens can be read, but their rows in the "
             "decoder stay at the mean of the others, so that they are hardly ever predicted."
         )
-    config = LoraConfig(
-        task_type=None,  # PEFT has none for masked LMs; any other would change how the model is called
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=as_pattern(model, targets),
-        use_rslora=arguments.use_rslora,
-        use_dora=arguments.use_dora,
-        init_lora_weights=INITIALISATIONS.get(arguments.init_lora_weights, True),
-        modules_to_save=trained or None,
-        rank_pattern=check_pattern("rank_pattern", arguments.rank_pattern, targets),
-        alpha_pattern=check_pattern("alpha_pattern", arguments.alpha_pattern, targets),
-        trainable_token_indices=_token_rows(model, new_token_ids),
+    config, more = build_config(
+        model,
+        arguments,
+        targets=targets,
+        trained=trained,
+        token_rows=_token_rows(model, new_token_ids),
+        total_steps=total_steps,
     )
-    return Plan(config, tuple(targets), tuple(trained), tuple(notices))
+    return Plan(config, tuple(targets), tuple(trained), tuple(notices + more))
 
 
 def wrap(model: PreTrainedModel, plan: Plan) -> PeftModel:
@@ -107,17 +103,18 @@ def wrap(model: PreTrainedModel, plan: Plan) -> PeftModel:
 
     Args:
         model: The masked LM; it is changed in place.
-        plan: From `plan_lora`.
+        plan: From `plan_adapter`.
 
     Returns:
-        The model with its adapter; before training it computes what the base computes.
+        The model with its adapter; before training it computes what the base computes, unless a notice of the plan says
+        otherwise.
 
     Raises:
         AdapterError: PEFT does not accept the combination.
     """
     try:
         return _keep_decoder_bias(get_peft_model(model, plan.config))
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise AdapterError(f"PEFT cannot build this adapter: {error}") from error
 
 
