@@ -167,8 +167,6 @@ OLD_ARGUMENTS: dict[str, OldArgument] = {
     "lora_modules_to_save": Renamed("modules_to_save"),
     "use_peft": Renamed("use_lora"),
     "peft_type": Renamed("peft_method"),
-    "adapter_type": Renamed("peft_method"),
-    "peft_kwargs": Renamed("peft_config"),
     "task_type": Dropped("PEFT has no task type for masked language models"),
     "inference_mode": Dropped("train trains, the other commands do not"),
     "bias": Translated(
