@@ -214,6 +214,24 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
+def cast_with_adapter(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a model and its adapter.
+
+    Some layers of PEFT (AdaMSS) hold the type of their weights once more, where PyTorch's `to` does not reach it.
+
+    Args:
+        model: With or without an adapter; it is changed in place.
+        dtype: The type of its weights from now on.
+
+    Returns:
+        The same model.
+    """
+    for module in model.to(dtype).modules():
+        if isinstance(vars(module).get("dtype"), torch.dtype):
+            vars(module)["dtype"] = dtype
+    return model
+
+
 def _keep_decoder_bias(model: PeftModel) -> PeftModel:
     """Give the decoder its bias back where new token rows are trained on both ends of a tie.
 

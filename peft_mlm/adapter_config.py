@@ -50,16 +50,18 @@ def find_targets(model: PreTrainedModel, arguments: PEFTArguments, without: Sequ
     if kind == "norm":
         return resolve_targets(model, arguments, without, among=encoder_norms(model))
     targets = resolve_targets(model, arguments, without)
-    if kind == "biased":
-        named = arguments.lora_target_modules not in (None, ["all-linear"])
-        bare = [name for name in targets if getattr(model.get_submodule(name), "bias", None) is None]
-        if bare and (named or len(bare) == len(targets)):
-            raise AdapterError(
-                f"peft_method {method_name(arguments)} trains biases, but {', '.join(bare)} have none. Name layers "
-                "that have one by lora_target_modules, or use another method."
-            )
-        targets = [name for name in targets if name not in bare]
-    return targets
+    with_bias = (arguments.peft_config or {}).get("lora_bias")
+    if kind != "biased" and not with_bias:
+        return targets
+    bare = [name for name in targets if getattr(model.get_submodule(name), "bias", None) is None]
+    named = arguments.lora_target_modules not in (None, ["all-linear"])
+    if bare and (named or with_bias or len(bare) == len(targets)):
+        what = "lora_bias" if with_bias else f"peft_method {method_name(arguments)}"
+        raise AdapterError(
+            f"{what} trains biases, which could not be merged into {', '.join(bare)}: they have none. Name layers that "
+            "have one by lora_target_modules, or leave it out."
+        )
+    return [name for name in targets if name not in bare]
 
 
 def build_config(
@@ -105,6 +107,7 @@ def build_config(
     options = dict(row.defaults) | options
     options, notices = _fit_sizes(model, method, options, targets)
     notices += [sentence] if (sentence := why_not_base(method, options)) else []
+    notices += [f"An adapter of {row.title} cannot be merged into its base: {row.merge}."] if row.merge else []
     if trained:
         if "modules_to_save" not in known:
             raise AdapterError(
@@ -142,7 +145,8 @@ def loaded_kind(model: nn.Module) -> Base:
         if type(module).__name__ == "Linear8bitLt":
             return "int8"
         if type(module).__name__ == "Linear4bit":
-            return "fp4" if module.weight.quant_type == "fp4" else "nf4"
+            weight: Any = module.weight
+            return "fp4" if weight.quant_type == "fp4" else "nf4"
     return "float"
 
 

@@ -274,6 +274,9 @@ def _resolve(found: _Findings, *, for_training: bool) -> Arguments:
     if faults:
         raise ArgumentsError(faults)
 
+    if values.get("peft_method") not in (None, "lora"):
+        values |= {name: fields[name].default for name in LORA_FLAGS}  # what was given stands in peft_config now
+
     def group(name: Group) -> dict[str, Any]:
         return {key: values[key] for key, item in fields.items() if item.group == name and values.get(key) is not None}
 

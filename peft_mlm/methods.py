@@ -330,6 +330,11 @@ VARIANTS: dict[str, Variant] = {
     "alpha_pattern": Variant("Alphas by layer", "alpha_pattern", paper=f"{_DOCS}/developer_guides/lora.md"),
     "loraplus": Variant("LoRA+", "loraplus_lr_ratio", paper="https://arxiv.org/abs/2402.12354"),
     "lorafa": Variant("LoRA-FA", "use_lorafa", paper="https://arxiv.org/abs/2308.03303"),
+    "no_start": Variant(
+        "TinyLoRA without a start", "init_weights", (False, "false"), paper="https://arxiv.org/abs/2602.04118",
+        method="tinylora",
+        refused="PEFT then leaves its vectors as the memory happens to be: numbers of any size, or no numbers at all.",
+    ),
     "asa": Variant(
         "AdaMSS with adaptive subspaces", "use_asa", paper="https://openreview.net/forum?id=8ZdWmpYxT0",
         method="adamss",

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft_mlm.argument_types import show
 from peft_mlm.arguments import PEFTArguments
+from peft_mlm.errors import AdapterError
 from peft_mlm.method_options import convert_options, method_options
 from peft_mlm.methods import METHODS, VARIANTS, Base, usable_methods
 
@@ -67,7 +68,7 @@ def settle_method(values: Mapping[str, Any], given: Collection[str]) -> tuple[di
     asked = values.get("peft_method")
     if asked is None and not values["use_lora"]:
         return {}, []
-    method = "lora" if asked is None else str(asked).strip().lower().replace("-", "_")
+    method = "lora" if asked is None else _as_key(asked)
     if method not in METHODS:
         return {}, [_unknown_method(str(asked))]
     changes: dict[str, Any] = {} if asked is None else {"peft_method": method}
@@ -126,8 +127,21 @@ def check_shape(given: Collection[str], peft_names: Collection[str], *, wanted: 
 
 
 def method_name(arguments: PEFTArguments) -> str:
-    """Name the method of a new adapter: a key of `METHODS`."""
-    return arguments.peft_method or "lora"
+    """Name the method of a new adapter.
+
+    Args:
+        arguments: The options of the adapter.
+
+    Returns:
+        A key of `METHODS`; LoRA's if no method is named.
+
+    Raises:
+        AdapterError: There is no such method.
+    """
+    name = _as_key(arguments.peft_method or "lora")
+    if name not in METHODS:
+        raise AdapterError(_unknown_method(str(arguments.peft_method)))
+    return name
 
 
 def base_kind(values: Mapping[str, Any]) -> Base:
@@ -236,8 +250,12 @@ def why_not_base(method: str, options: Mapping[str, Any]) -> str:
     return f"{title} does not start as the base: {reason}." if reason else ""
 
 
+def _as_key(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
+
+
 def _unknown_method(asked: str) -> str:
-    word = asked.strip().lower()
+    word = _as_key(asked)
     if word in VARIANTS and not VARIANTS[word].refused:
         row = VARIANTS[word]
         value = f" {str(row.values[0]).lower()}" if row.values else ""
