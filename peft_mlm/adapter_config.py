@@ -22,12 +22,20 @@ from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import AdapterError
 from peft_mlm.method_options import convert_options, method_options
 from peft_mlm.methods import METHODS, VARIANTS, Base
-from peft_mlm.peft_rules import LORA_FLAGS, LORA_OPTIMISERS, active_variants, method_name, why_not_base, why_refused
+from peft_mlm.peft_rules import (
+    LORA_FLAGS,
+    LORA_OPTIMISERS,
+    active_variants,
+    method_name,
+    take_flags,
+    why_not_base,
+    why_refused,
+)
 from peft_mlm.targets import as_pattern, check_pattern, encoder_norms, resolve_targets
 
 # Two ways to say one thing, of which PEFT takes one: the second is 0 where the first is given.
 ALTERNATIVES = {"oft": ("r", "oft_block_size"), "boft": ("boft_block_num", "boft_block_size")}
-PATTERNS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern", "block_size_pattern", "lambda_pattern")
+PATTERNS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern", "block_size_pattern")
 
 
 def find_targets(model: PreTrainedModel, arguments: PEFTArguments, without: Sequence[str]) -> list[str]:
@@ -91,40 +99,17 @@ def build_config(
             masked LMs or this base; or it cannot train what has to be trained.
     """
     method = method_name(arguments)
-    row, known = METHODS[method], method_options(method)
-    options, faults = convert_options(method, arguments.peft_config or {})
-    if method == "lora":
-        flags = {option: getattr(arguments, flag) for flag, option in LORA_FLAGS.items()}
-        options = {option: value for option, value in flags.items() if value is not None} | options
-        options["init_lora_weights"] = _start(options["init_lora_weights"])
-    asked = {name: getattr(arguments, name) for name in LORA_OPTIMISERS if method == "lora"} | options
-    faults += why_refused(method, asked, loaded_kind(model))
-    if faults:
-        raise AdapterError(" ".join(faults))
-    for name in PATTERNS:
-        if options.get(name) is not None:
-            options[name] = check_pattern(name, options[name], targets)
-    options = dict(row.defaults) | options
-    options, notices = _fit_sizes(model, method, options, targets)
+    row = METHODS[method]
+    options, notices = _fit_sizes(model, method, _checked_options(model, method, arguments, targets), targets)
     notices += [sentence] if (sentence := why_not_base(method, options)) else []
     notices += [f"An adapter of {row.title} cannot be merged into its base: {row.merge}."] if row.merge else []
-    if trained:
-        if "modules_to_save" not in known:
-            raise AdapterError(
-                f"peft_method {method} cannot train {', '.join(trained)} beside it. Use another method, such as lora."
-            )
-        options["modules_to_save"] = list(trained)
+    options |= _whole_modules(method, trained)
     if row.targets == "tokens":
         options |= _token_options(model, options, token_rows)
     else:
         options["target_modules"] = as_pattern(model, targets)
-        if token_rows:
-            if "trainable_token_indices" not in known:
-                raise AdapterError(
-                    f"peft_method {method} cannot train the rows of new tokens. Use lora, adalora or trainable_tokens, "
-                    "or leave the new tokens out."
-                )
-            options["trainable_token_indices"] = {name: list(ids) for name, ids in token_rows.items()}
+        options |= _row_options(method, token_rows)
+    known = method_options(method)
     if "feedforward_modules" in known:
         options["feedforward_modules"] = _feedforward(model, options.get("feedforward_modules"), targets)
     if "total_step" in known and options.get("total_step") is None:
@@ -177,8 +162,48 @@ def describe_method(config: PeftConfig) -> str:
     return ", ".join([row.title, *changed])
 
 
-def _start(value: Any) -> Any:
-    return {"true": True, "false": False}.get(str(value).lower(), value)
+def _checked_options(model: nn.Module, method: str, arguments: PEFTArguments, targets: Sequence[str]) -> dict[str, Any]:
+    """Collect the options of a method from all arguments, and refuse what cannot be."""
+    options, faults = convert_options(method, arguments.peft_config or {})
+    optimisers = {}
+    if method == "lora":
+        flags = {option: getattr(arguments, flag) for flag, option in LORA_FLAGS.items()}
+        options = {option: value for option, value in flags.items() if value is not None} | options
+        start = options["init_lora_weights"]
+        options["init_lora_weights"] = {"true": True, "false": False}.get(str(start).lower(), start)
+        optimisers = {name: getattr(arguments, name) for name in LORA_OPTIMISERS}
+    else:
+        defaults = vars(PEFTArguments())
+        given = [name for name, value in vars(arguments).items() if value != defaults[name]]
+        faults += take_flags(method, vars(arguments), given, options)
+    faults += why_refused(method, optimisers | options, loaded_kind(model))
+    if faults:
+        raise AdapterError(" ".join(faults))
+    for name in PATTERNS:
+        if options.get(name) is not None and method != "osf":  # whose ranks may be fractions
+            options[name] = check_pattern(name, options[name], targets)
+    return dict(METHODS[method].defaults) | options
+
+
+def _whole_modules(method: str, trained: Sequence[str]) -> dict[str, Any]:
+    if not trained:
+        return {}
+    if "modules_to_save" not in method_options(method):
+        raise AdapterError(
+            f"peft_method {method} cannot train {', '.join(trained)} beside it. Use another method, such as lora."
+        )
+    return {"modules_to_save": list(trained)}
+
+
+def _row_options(method: str, token_rows: Mapping[str, Sequence[int]] | None) -> dict[str, Any]:
+    if not token_rows:
+        return {}
+    if "trainable_token_indices" not in method_options(method):
+        raise AdapterError(
+            f"peft_method {method} cannot train the rows of new tokens. Use lora, adalora or trainable_tokens, or leave "
+            "the new tokens out."
+        )
+    return {"trainable_token_indices": {name: list(ids) for name, ids in token_rows.items()}}
 
 
 def _make(name: str, method: str, options: dict[str, Any]) -> PeftConfig:

@@ -81,7 +81,7 @@ def settle_method(values: Mapping[str, Any], given: Collection[str]) -> tuple[di
         names = {option: flag for flag, option in (LORA_FLAGS | TARGET_FLAGS).items()}
     else:
         names = {option: flag for flag, option in TARGET_FLAGS.items()}
-        faults += _take_flags(method, values, given, options)
+        faults += take_flags(method, values, given, options)
     for option, flag in names.items():
         if option in options:
             changes[flag] = _as_flag(flag, options.pop(option))
@@ -292,13 +292,23 @@ def _own_options(method: str, given: Mapping[str, Any]) -> tuple[dict[str, Any],
     return options, faults + wrong
 
 
-def _take_flags(
+def take_flags(
     method: str,
     values: Mapping[str, Any],
     given: Collection[str],
     options: dict[str, Any],
 ) -> list[str]:
-    """Move the arguments of LoRA's that another method has too into its options; refuse the others."""
+    """Move the arguments of LoRA's that another method has too into its options; refuse the others.
+
+    Args:
+        method: Name of the method; not LoRA.
+        values: Our arguments by name.
+        given: Names of those that were given.
+        options: Options of the method by PEFT's names; they are added to.
+
+    Returns:
+        One sentence per fault.
+    """
     faults = []
     known = method_options(method)
     for flag, option in LORA_FLAGS.items():

@@ -85,7 +85,7 @@ def test_text_becomes_the_declared_type(method: str, given: dict[str, Any], conv
 )
 def test_what_a_method_does_not_have_is_named_with_what_it_has(method: str, given: dict[str, Any], said: str) -> None:
     values, faults = convert_options(method, given)
-    assert values == {}
+    assert not any(values.values())
     (fault,) = faults
     assert any(part in fault for part in said.split("|"))
 
