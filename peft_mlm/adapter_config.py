@@ -200,8 +200,8 @@ def _row_options(method: str, token_rows: Mapping[str, Sequence[int]] | None) ->
         return {}
     if "trainable_token_indices" not in method_options(method):
         raise AdapterError(
-            f"peft_method {method} cannot train the rows of new tokens. Use lora, adalora or trainable_tokens, or leave "
-            "the new tokens out."
+            f"peft_method {method} cannot train the rows of new tokens. Use lora, adalora or trainable_tokens, or "
+            "leave the new tokens out."
         )
     return {"trainable_token_indices": {name: list(ids) for name, ids in token_rows.items()}}
 

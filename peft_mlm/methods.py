@@ -246,8 +246,9 @@ VARIANTS: dict[str, Variant] = {
     ),
     "gaussian": Variant("Gaussian start", "init_lora_weights", ("gaussian",), paper="https://arxiv.org/abs/2106.09685"),
     "orthogonal": Variant(
-        "Orthogonal start", "init_lora_weights", ("orthogonal",), paper=f"{_DOCS}/developer_guides/lora.md",
-        bases=_on(_EDITS),
+        "Orthogonal start", "init_lora_weights", ("orthogonal",),
+        paper="https://datta0.github.io/posts/rethink-lora-init/",
+        bases=_on("PEFT makes its matrices in the type of the weights, which on a quantised base is one of integers"),
     ),
     "random": Variant(
         "Random start", "init_lora_weights", (False, "false"), paper=f"{_DOCS}/developer_guides/lora.md",
