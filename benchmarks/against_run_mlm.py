@@ -30,7 +30,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer
 
 from peft_mlm import collator
-from peft_mlm.adapter import plan_lora, wrap
+from peft_mlm.adapter import plan_adapter, wrap
 from peft_mlm.arguments import ModelArguments, PEFTArguments
 from peft_mlm.model import load_base
 from peft_mlm.packing import make_rows
@@ -99,7 +99,7 @@ def baseline_trainer(name: str, tokenizer: Any, rows: Dataset, steps: int, folde
 
 def our_trainer(name: str, tokenizer: Any, rows: Dataset, steps: int, folder: Path) -> Trainer:
     base = load_base(ModelArguments(model_name_or_path=name))
-    plan = plan_lora(base.model, PEFTArguments(use_lora=True), fresh_parameters=base.fresh_parameters)
+    plan = plan_adapter(base.model, PEFTArguments(use_lora=True), fresh_parameters=base.fresh_parameters)
     return MaskedLMTrainer(
         model=wrap(base.model, plan),
         args=build_training_arguments(settings(steps, folder), folder),

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from peft_mlm.adapter import Plan, load_adapter, plan_lora, wrap
+from peft_mlm.adapter import Plan, load_adapter, plan_adapter, wrap
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import base_recipe, with_base_recipe
 from peft_mlm.config import Arguments
@@ -99,7 +99,7 @@ def adapt(base: Base, arguments: Arguments, adapter: Path | None) -> tuple[Any, 
     if adapter is not None:
         _check_tokenizer(base, adapter)
         return load_adapter(base.model, adapter, is_trainable=True, new_token_ids=base.new_token_ids), None
-    plan = plan_lora(base.model, peft, fresh_parameters=base.fresh_parameters, new_token_ids=base.new_token_ids)
+    plan = plan_adapter(base.model, peft, fresh_parameters=base.fresh_parameters, new_token_ids=base.new_token_ids)
     check_trainable(base.model, plan.trained_modules)
     return wrap(base.model, plan), plan
 

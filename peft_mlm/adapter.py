@@ -1,7 +1,7 @@
 """The adapter: which layers it changes, made anew or loaded, and saved so that it fits on the untouched base.
 
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. rsLoRA: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
-DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353. The layers come from PEFT.
+DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353; for all methods see `methods.py`. The layers come from PEFT.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_mlm.adapter_config import build_config, find_targets
 from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import AdapterError
 from peft_mlm.further_tokens import with_rows_for
 from peft_mlm.heads import outermost, plan_fresh_head
 from peft_mlm.quantization import parameter_count, trained_in_float32
-from peft_mlm.targets import as_pattern, check_pattern, resolve_modules_to_save, resolve_targets
+from peft_mlm.targets import resolve_modules_to_save
 from peft_mlm.vocabulary import token_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Ways to start that leave the base as it is and need no data.
-INITIALISATIONS: dict[str, bool | str] = {"true": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
 @dataclass(frozen=True)
@@ -42,42 +41,45 @@ class Plan:
 
     Attributes:
         config: PEFT's configuration.
-        target_modules: Full names of the layers that get low-rank matrices.
+        target_modules: Full names of the layers that the method changes.
         trained_modules: Full names of the modules trained and shipped whole.
         notices: Sentences that the user should read.
     """
 
-    config: LoraConfig
+    config: PeftConfig
     target_modules: tuple[str, ...]
     trained_modules: tuple[str, ...]
     notices: tuple[str, ...]
 
 
-def plan_lora(
+def plan_adapter(
     model: PreTrainedModel,
     arguments: PEFTArguments,
     *,
     fresh_parameters: Iterable[str] = (),
     new_token_ids: Sequence[int] = (),
+    total_steps: int | None = None,
 ) -> Plan:
-    """Decide what a new LoRA adapter consists of.
+    """Decide what a new adapter consists of.
 
     Args:
         model: The masked LM.
-        arguments: The options of the adapter.
+        arguments: The method and its options; LoRA if none is named.
         fresh_parameters: Head parameters that the checkpoint did not bring: their modules are trained and shipped.
         new_token_ids: Ids whose embedding rows are new: these rows are trained and shipped.
+        total_steps: Optimiser steps of the run, for methods with a schedule (AdaLoRA).
 
     Returns:
         PEFT's configuration with what it will adapt.
 
     Raises:
-        AdapterError: An option names no layer of the model, or a layer that cannot be adapted.
+        AdapterError: An option names no layer of the model, or a layer that cannot be adapted; or the method does not
+            serve this base.
     """
     head = plan_fresh_head(model, fresh_parameters)
     asked, notices = resolve_modules_to_save(model, arguments.modules_to_save)
     trained = outermost([*head.modules, *asked])
-    targets = resolve_targets(model, arguments, without=trained)
+    targets = find_targets(model, arguments, without=trained)
     if head.modules:
         notices.append(
             f"The checkpoint has no masked LM head of its own, or not all of it: {', '.join(head.modules)} are trained "
@@ -85,21 +87,15 @@ def plan_lora(
         )
     if head.left_at_zero:
         notices.append(f"{', '.join(head.left_at_zero)} (bound to the decoder's matrix) stays at zero.")
-    config = LoraConfig(
-        task_type=None,  # PEFT has none for masked LMs; any other would change how the model is called
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=as_pattern(model, targets),
-        use_rslora=arguments.use_rslora,
-        use_dora=arguments.use_dora,
-        init_lora_weights=INITIALISATIONS.get(arguments.init_lora_weights, True),
-        modules_to_save=trained or None,
-        rank_pattern=check_pattern("rank_pattern", arguments.rank_pattern, targets),
-        alpha_pattern=check_pattern("alpha_pattern", arguments.alpha_pattern, targets),
-        trainable_token_indices=token_rows(model, new_token_ids),
+    config, more = build_config(
+        model,
+        arguments,
+        targets=targets,
+        trained=trained,
+        token_rows=token_rows(model, new_token_ids),
+        total_steps=total_steps,
     )
-    return Plan(config, tuple(targets), tuple(trained), tuple(notices))
+    return Plan(config, tuple(targets), tuple(trained), tuple(notices + more))
 
 
 def wrap(model: PreTrainedModel, plan: Plan) -> PeftModel:
@@ -107,17 +103,18 @@ def wrap(model: PreTrainedModel, plan: Plan) -> PeftModel:
 
     Args:
         model: The masked LM; it is changed in place.
-        plan: From `plan_lora`.
+        plan: From `plan_adapter`.
 
     Returns:
-        The model with its adapter; before training it computes what the base computes.
+        The model with its adapter; before training it computes what the base computes, unless a notice of the plan says
+        otherwise.
 
     Raises:
         AdapterError: PEFT does not accept the combination.
     """
     try:
         adapted = get_peft_model(model, plan.config)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise AdapterError(f"PEFT cannot build this adapter: {error}") from error
     trained_in_float32(adapted)
     return _keep_decoder_bias(adapted)
@@ -226,6 +223,24 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(parameter_count(p) for p in parameters)
+
+
+def cast_with_adapter(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a model and its adapter.
+
+    Some layers of PEFT (AdaMSS) hold the type of their weights once more, where PyTorch's `to` does not reach it.
+
+    Args:
+        model: With or without an adapter; it is changed in place.
+        dtype: The type of its weights from now on.
+
+    Returns:
+        The same model.
+    """
+    for module in model.to(dtype).modules():
+        if isinstance(vars(module).get("dtype"), torch.dtype):
+            vars(module)["dtype"] = dtype
+    return model
 
 
 def _keep_decoder_bias(model: PeftModel) -> PeftModel:

@@ -40,27 +40,32 @@ WHEN_TEXT: dict[When, str] = {
 
 # An argument that overrides others of a source before it: so a file that gives a whole adapter can be used with
 # another adapter, or without one, by a flag.
-_SHAPE = (
-    "peft_method",
-    "peft_config",
+_LORA_ALONE = (
     "lora_r",
     "lora_alpha",
     "lora_dropout",
-    "lora_target_modules",
-    "lora_exclude_modules",
-    "layers_to_transform",
     "use_rslora",
     "use_dora",
     "init_lora_weights",
-    "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
     "loraplus_lr_ratio",
     "use_lorafa",
 )
 _OF_4BIT = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant")
+_SHAPE = (
+    "peft_method",
+    "peft_config",
+    "lora_target_modules",
+    "lora_exclude_modules",
+    "layers_to_transform",
+    "modules_to_save",
+    *_LORA_ALONE,
+)
 SETS_ASIDE: dict[str, tuple[str, ...]] = {
     "adapter_name_or_path": _SHAPE,
+    "peft_method": ("use_lora", "peft_config", *_LORA_ALONE),
+    "peft_method lora": ("peft_config",),
     "no use_lora": (*_SHAPE, "adapter_name_or_path"),
     "dataset_name": ("train_file", "validation_file", "dataset_config_name", "dataset_revision"),
     "train_file": ("dataset_name", "dataset_config_name", "dataset_revision"),
@@ -195,15 +200,12 @@ RANGES: dict[str, Range] = {
 STEPS = ("warmup_steps", "eval_steps", "logging_steps", "save_steps")
 
 
-def check_arguments(
-    values: Mapping[str, Any], given: Collection[str], *, peft_names: Collection[str], for_training: bool
-) -> list[str]:
+def check_arguments(values: Mapping[str, Any], given: Collection[str], *, for_training: bool) -> list[str]:
     """Check the ranges of values and the rules between arguments.
 
     Args:
         values: All values by name, defaults included.
         given: Names that the user gave a value.
-        peft_names: Names of the arguments of the adapter.
         for_training: Whether a model is to be trained; else what only training needs may be missing.
 
     Returns:
@@ -213,7 +215,6 @@ def check_arguments(
     faults += _check_model(values, given, for_training)
     faults += _check_new_tokens(values, given)
     faults += _check_data(values, given, for_training)
-    faults += _check_peft(given, peft_names, use_lora=bool(values["use_lora"]))
     faults += _check_not_supported(values)
     faults += _check_evaluation(values)
     if for_training:
@@ -271,8 +272,9 @@ def _check_model(values: Mapping[str, Any], given: Collection[str], for_training
         )
     elif "tokenizer_name" not in given:
         faults.append(f"{scratch[0]} trains from scratch and brings no tokenizer: name one by tokenizer_name.")
-    if scratch and ("adapter_name_or_path" in given or values["use_lora"]):
-        lora = "use_lora" if values["use_lora"] else "adapter_name_or_path"
+    adapters = [name for name in ("use_lora", "peft_method", "adapter_name_or_path") if values.get(name)]
+    if scratch and adapters:
+        lora = adapters[0]
         faults.append(
             f"{lora} is given, but {scratch[0]} makes a model of random weights, which an adapter cannot learn from: "
             f"leave out {lora} to train in full, or name a base model by model_name_or_path."
@@ -315,23 +317,6 @@ def _check_data(values: Mapping[str, Any], given: Collection[str], for_training:
             "it out, or download the data set first."
         )
     return faults
-
-
-def _check_peft(given: Collection[str], peft_names: Collection[str], *, use_lora: bool) -> list[str]:
-    shape = [name for name in peft_names if name in given and name not in ("use_lora", "adapter_name_or_path")]
-    if not shape:
-        return []
-    names = f"{', '.join(shape)} {'is' if len(shape) == 1 else 'are'} given"
-    them = "it" if len(shape) == 1 else "them"
-    if "adapter_name_or_path" in given:
-        return [
-            f"{names} together with adapter_name_or_path: the adapter brings its own shape. Leave {them} out, or start "
-            "a new adapter without adapter_name_or_path."
-        ]
-    if not use_lora:
-        asked = "use_lora is false" if "use_lora" in given else "no adapter is asked for"
-        return [f"{names}, but {asked}: add --use_lora (use_lora: true), or leave {them} out to train the whole model."]
-    return []
 
 
 def _check_not_supported(values: Mapping[str, Any]) -> list[str]:

@@ -179,18 +179,28 @@ class DataTrainingArguments:
 class PEFTArguments:
     """The adapter. Without this group the whole model is trained."""
 
-    use_lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the base model stays as it is."})
+    use_lora: bool = field(
+        default=False,
+        metadata={"help": "Train a LoRA adapter; the base model stays as it is. The same as --peft_method lora."},
+    )
     peft_method: str | None = field(
-        default=None, metadata={"help": "Train an adapter of this method of PEFT, such as lora, vera, boft, ia3."}
+        default=None,
+        metadata={
+            "help": "Train an adapter of this method of PEFT, such as lora, adalora, vera, boft, oft, ia3, miss, road, "
+            "ln_tuning; another word lists all."
+        },
     )
     peft_config: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": 'Options of that method by PEFT\'s own names, such as {"r": 16, "init_weights": false}.'},
+        metadata={
+            "help": "Options of that method by PEFT's own names, such as '{\"r\": 16}'; another name lists all. Which "
+            "layers are adapted is said by lora_target_modules and the like, whatever the method."
+        },
     )
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "Go on from this adapter (a folder or a hub name)."}
     )
-    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter's matrices (LoRA)."})
     lora_alpha: float = field(default=16.0, metadata={"help": "Scaling is lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter's first matrix."})
     lora_target_modules: list[str] | None = field(
@@ -210,7 +220,10 @@ class PEFTArguments:
     use_dora: bool = field(default=False, metadata={"help": "Learn magnitude and direction apart (DoRA)."})
     init_lora_weights: str = field(
         default="true",
-        metadata={"help": "How the adapter's matrices start: true (no change to the base), gaussian, orthogonal."},
+        metadata={
+            "help": "How LoRA's matrices start: true (as the base), gaussian, orthogonal, pissa, pissa_niter_16, "
+            "olora, mica, loftq (4 bits); by a pass over the training text: eva, corda, lora_ga; false (at random)."
+        },
     )
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "LoRA+: the learning rate of the B matrices as a multiple of learning_rate."}

@@ -15,7 +15,8 @@ def render_card(facts: Mapping[str, Any]) -> str:
 
     Args:
         facts: `kind` ("adapter" or "model"), `base_model` (a hub name, or the last part of a local path, or None),
-            `base_revision` (its commit on the hub, or None), `base_on_hub` (bool), `method`, `trained_modules`,
+            `base_revision` (its commit on the hub, or None), `base_on_hub` (bool), `method` (a text), `peft_type`
+            (its name), `trained_modules`,
             `trainable_parameters`, `total_parameters`, `data` (one line), `rows`, `steps`, `max_seq_length`,
             `mlm_probability`, `base` and `adapted` (records with perplexity, accuracy, masked_tokens; or None),
             `renamed` (whether the base's weights have other names than transformers looks for), `new_tokens` (how many
@@ -48,7 +49,7 @@ def _metadata(facts: Mapping[str, Any]) -> list[str]:
     lines = ["---", f"library_name: {'peft' if facts['kind'] == 'adapter' else 'transformers'}"]
     if facts["base_on_hub"]:
         lines.append(f"base_model: {facts['base_model']}")
-    tags = ["masked-lm", "peft-mlm", *(["lora"] if facts["kind"] == "adapter" else [])]
+    tags = ["masked-lm", "peft-mlm", *([facts["peft_type"]] if facts["kind"] == "adapter" else [])]
     return [*lines, "pipeline_tag: fill-mask", "tags:", *(f"- {tag}" for tag in tags), "---"]
 
 

@@ -29,6 +29,8 @@ from peft_mlm.argument_sources import read_file, read_flags, ungroup
 from peft_mlm.argument_types import FALSE_WORDS, NONE_WORDS, ArgumentType, convert, parse_type, show
 from peft_mlm.arguments import DataTrainingArguments, ModelArguments, PEFTArguments
 from peft_mlm.errors import ArgumentsError
+from peft_mlm.method_options import methods_with
+from peft_mlm.peft_rules import LORA_FLAGS, LORA_OPTIMISERS, check_shape, settle_method
 from peft_mlm.quantization_rules import check_quantization, idle_options
 from peft_mlm.renamed_arguments import OLD_ARGUMENTS, Dropped, OldArgument, Refused, Renamed, Translated
 from peft_mlm.run_folder import write_json, write_text
@@ -177,7 +179,8 @@ def _take(raw: Mapping[str, Any], label: str, found: _Findings) -> None:
 def _set_aside(name: str, label: str, found: _Findings) -> None:
     """Drop what an argument overrides, where that comes from an earlier source."""
     value = found.values[name]
-    others = SETS_ASIDE.get(f"no {name}" if value is False else name, ()) if value is not None else ()
+    named = SETS_ASIDE.get(f"no {name}" if value is False else name, ()) if value is not None else ()
+    others = SETS_ASIDE.get(f"{name} {value}", named)
     dropped = [other for other in others if found.values.get(other) is not None and found.sources[other] != label]
     for other in dropped:
         del found.values[other], found.sources[other]
@@ -193,7 +196,10 @@ def _translate(name: str, value: Any, written: str, found: _Findings) -> Mapping
             return {name: value}
         near = _nearest(name)
         found.broken |= set(near)
-        raise ValueError(f"{written}: there is no such argument." + (f" Nearest: {', '.join(near)}." if near else ""))
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        if methods := methods_with(name):
+            hint = f" It is an option of {', '.join(methods)}: give it in peft_config."
+        raise ValueError(f"{written}: there is no such argument.{hint}")
     if value is None:
         return {}
     if isinstance(old, Refused):
@@ -247,7 +253,8 @@ def _resolve(found: _Findings, *, for_training: bool) -> Arguments:
     sources = dict.fromkeys(fields, "default") | found.sources
     given = {name: value for name, value in found.values.items() if value not in (None, "", [], {})}
     training_given = {name: value for name, value in found.values.items() if fields[name].group == "training"}
-    adapter = given.get("use_lora", False) or "adapter_name_or_path" in given
+    new_adapter = given.get("use_lora", False) or "peft_method" in given
+    adapter = new_adapter or "adapter_name_or_path" in given
     ours, why = default_training(training_given, adapter=adapter, early_stopping="early_stopping_patience" in given)
     values |= found.values | ours
     sources |= why
@@ -257,12 +264,20 @@ def _resolve(found: _Findings, *, for_training: bool) -> Arguments:
         _notice(found, "model_type is left out: model_name_or_path brings its own.")
         values["model_type"], sources["model_type"] = None, "default"
     peft_names = [name for name, item in fields.items() if item.group == "peft"]
-    rules = check_arguments(values, given, peft_names=peft_names, for_training=for_training)
+    rules = check_shape(given, peft_names, wanted=new_adapter)
+    if not rules:
+        settled, rules = settle_method(values, given)
+        values |= settled
+        sources |= {name: found.sources.get("peft_config", "default") for name in settled if name not in given}
+    rules += check_arguments(values, given, for_training=for_training)
     rules += check_quantization(values, given, for_training=for_training)
     # A rule that speaks of an argument already at fault says nothing new.
     faults = found.faults + [text for text in rules if not set(re.findall(r"\w+", text)) & found.broken]
     if faults:
         raise ArgumentsError(faults)
+
+    if values.get("peft_method") not in (None, "lora"):
+        values |= {name: fields[name].default for name in LORA_FLAGS}  # what was given stands in peft_config now
 
     def group(name: Group) -> dict[str, Any]:
         return {key: values[key] for key, item in fields.items() if item.group == name and values.get(key) is not None}
@@ -338,6 +353,8 @@ def _record(arguments: Arguments, group: Group) -> dict[str, Any]:
     if group == "peft" and values.get("adapter_name_or_path"):
         # The adapter brings the rest.
         values = {name: values[name] for name in ("use_lora", "adapter_name_or_path")}
+    elif group == "peft" and values.get("peft_method") not in (None, "lora"):
+        values = {name: value for name, value in values.items() if name not in (*LORA_FLAGS, *LORA_OPTIMISERS)}
     return {name: value for name, value in values.items() if value is not None and name not in SECRETS}
 
 

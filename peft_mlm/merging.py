@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_mlm.adapter import cast_with_adapter
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import MergeError
 from peft_mlm.heads import tied_parameters
@@ -90,7 +91,7 @@ def merge_adapter(
     probe = probe_rows(model.get_base_model(), tokenizer)
     as_run = _logits(model, probe)
     precise = torch.float64 if sum(p.numel() for p in model.parameters()) <= FLOAT64_PARAMETERS else torch.float32
-    expected = _logits(model.to(precise), probe)
+    expected = _logits(cast_with_adapter(model, precise), probe)
     try:
         merged = cast(PreTrainedModel, model.merge_and_unload(safe_merge=True))
     except (NotImplementedError, ValueError, AttributeError) as error:

@@ -166,14 +166,16 @@ OLD_ARGUMENTS: dict[str, OldArgument] = {
     "exclude_modules": Renamed("lora_exclude_modules"),
     "lora_modules_to_save": Renamed("modules_to_save"),
     "use_peft": Renamed("use_lora"),
-    "peft_type": Translated(
-        "str", lambda name: {"use_lora": True} if name.upper() == "LORA" else "The adapter is LoRA: give use_lora."
-    ),
+    "peft_type": Renamed("peft_method"),
     "task_type": Dropped("PEFT has no task type for masked language models"),
     "inference_mode": Dropped("train trains, the other commands do not"),
     "bias": Translated(
-        "str", lambda name: {} if name == "none" else "Training biases is not in this version: leave it out."
+        "str",
+        lambda value: (
+            {} if value == "none" else f'Give it as an option of the method: peft_config \'{{"bias": "{value}"}}\'.'
+        ),
     ),
+    "trainable_token_indices": Refused("Give add_tokens or add_special_tokens, whose rows are trained by themselves."),
     "bnb_4bit_quant_storage": Dropped("packed weights are stored as bytes, whatever it says"),
     # other scripts
     "model_name": Renamed("model_name_or_path"),

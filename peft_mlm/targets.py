@@ -55,13 +55,38 @@ def encoder_linears(model: PreTrainedModel) -> list[str]:
     return [name for name in candidates if name in reached]
 
 
-def resolve_targets(model: PreTrainedModel, arguments: PEFTArguments, without: Sequence[str]) -> list[str]:
+def encoder_norms(model: PreTrainedModel) -> list[str]:
+    """List the norms of the encoder that the prediction depends on.
+
+    Args:
+        model: The masked LM.
+
+    Returns:
+        Full module names, in the order of the model.
+    """
+    of_encoder = {id(module) for module in model.base_model.modules()}
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) in of_encoder
+        and "norm" in type(module).__name__.lower()
+        and not any(module.children())
+        and any(True for _ in module.parameters())
+    }
+    reached = _reached_by_gradient(model, norms)
+    return [name for name in norms if name in reached]
+
+
+def resolve_targets(
+    model: PreTrainedModel, arguments: PEFTArguments, without: Sequence[str], *, among: Sequence[str] | None = None
+) -> list[str]:
     """Turn the names given, or the default, into the full names of the layers to adapt.
 
     Args:
         model: The masked LM.
         arguments: Names, exclusions, layer numbers.
         without: Modules that are trained in full, and so get no adapter.
+        among: The layers that a method can change, where these are not linear layers: the names are looked up there.
 
     Returns:
         Full module names, in the order of the model.
@@ -70,7 +95,16 @@ def resolve_targets(model: PreTrainedModel, arguments: PEFTArguments, without: S
         AdapterError: A name matches nothing, or a tied matrix; or nothing is left.
     """
     given = arguments.lora_target_modules
-    if given is None or given == [ALL_LINEAR]:
+    if among is not None:
+        wanted_names = [ALL_LINEAR] if given is None else given
+        absent_names = [w for w in wanted_names if w != ALL_LINEAR and not any(_matches(n, w) for n in among)]
+        if absent_names:
+            raise AdapterError(
+                f"lora_target_modules: {', '.join(absent_names)} names none of the layers that this method changes. "
+                f"These are: {_choices(among)}."
+            )
+        targets = [n for n in among if any(w == ALL_LINEAR or _matches(n, w) for w in wanted_names)]
+    elif given is None or given == [ALL_LINEAR]:
         targets = encoder_linears(model)
     else:
         targets = _named_layers(model, given, option="lora_target_modules")

@@ -16,7 +16,7 @@ from peft.utils import load_peft_weights
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM
 
-from peft_mlm.adapter import plan_lora, save_adapter, wrap
+from peft_mlm.adapter import plan_adapter, save_adapter, wrap
 from peft_mlm.arguments import ModelArguments, PEFTArguments
 from peft_mlm.collator import from_tokenizer
 from peft_mlm.loading import load_target, resolve_target
@@ -76,7 +76,7 @@ def run_type(model_type: str, folder: Path) -> TypeRecord:
     """
     base_folder = save_base(folder / "base", model_type)
     base = load_base(ModelArguments(model_name_or_path=str(base_folder)))
-    plan = plan_lora(base.model, PEFTArguments(use_lora=True, lora_r=4))
+    plan = plan_adapter(base.model, PEFTArguments(use_lora=True, lora_r=4))
     batches = make_batches()
     untouched = logits_of(base.model, batches)
     plain = plain_adapter(base_folder, list(plan.target_modules))

@@ -13,7 +13,7 @@ from peft_mlm.adapter import (
     check_adapter_folder,
     count_parameters,
     load_adapter,
-    plan_lora,
+    plan_adapter,
     save_adapter,
     wrap,
 )
@@ -69,7 +69,7 @@ def test_adapter_starts_as_the_base_and_reloads_and_merges_as_trained(model_type
     base = tiny_model(model_type)
     before = logits(base)
     base.save_pretrained(tmp_path / "base")
-    model = wrap(base, plan_lora(base, LORA))
+    model = wrap(base, plan_adapter(base, LORA))
     assert difference(logits(model), before) == 0.0
     perturb(model)
     trained = logits(model)
@@ -98,7 +98,7 @@ def test_fresh_head_is_trained_shipped_and_the_same_after_reloading(model_type: 
     base = load_base(ModelArguments(model_name_or_path=str(folder)))
     assert base.fresh_parameters
     assert base.model.base_model_prefix not in {name.split(".")[0] for name in base.fresh_parameters}
-    plan = plan_lora(base.model, LORA, fresh_parameters=base.fresh_parameters)
+    plan = plan_adapter(base.model, LORA, fresh_parameters=base.fresh_parameters)
     assert plan.trained_modules
     model = wrap(base.model, plan)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -133,7 +133,7 @@ def test_modules_to_save_leaves_the_tie_whole(tmp_path: Path) -> None:
     """With plain PEFT, training `cls` copies the decoder, cuts the tie, and loses the decoder's bias on reload."""
     base = tiny_model("bert")
     base.save_pretrained(tmp_path / "base")
-    plan = plan_lora(base, PEFTArguments(use_lora=True, modules_to_save=["cls"]))
+    plan = plan_adapter(base, PEFTArguments(use_lora=True, modules_to_save=["cls"]))
     assert plan.trained_modules == ("cls.predictions.transform.LayerNorm", "cls.predictions.transform.dense")
     assert any("tied decoder stays" in notice for notice in plan.notices)
     model = wrap(base, plan)
@@ -163,13 +163,13 @@ def test_modules_to_save_leaves_the_tie_whole(tmp_path: Path) -> None:
 )
 def test_an_option_that_fits_no_layer_is_refused_with_the_real_names(options: dict[str, object], said: str) -> None:
     with pytest.raises(AdapterError, match=said):
-        plan_lora(tiny_model("bert"), PEFTArguments(use_lora=True, **options))
+        plan_adapter(tiny_model("bert"), PEFTArguments(use_lora=True, **options))
 
 
 def test_named_targets_patterns_and_layers_are_taken_as_given() -> None:
     model = tiny_model("bert")
     options = {"lora_target_modules": ["query", "value"], "layers_to_transform": [1], "rank_pattern": {"value": 2}}
-    adapted = wrap(model, plan_lora(model, PEFTArguments(use_lora=True, lora_r=4, **options)))
+    adapted = wrap(model, plan_adapter(model, PEFTArguments(use_lora=True, lora_r=4, **options)))
     ranks = {
         re.sub(r".*layer\.", "", name): module.weight.shape[0]
         for name, module in adapted.named_modules()
@@ -188,7 +188,7 @@ def test_named_targets_patterns_and_layers_are_taken_as_given() -> None:
 def test_variants_reach_peft_and_start_as_the_base(options: dict[str, object]) -> None:
     model = tiny_model("bert")
     before = logits(model)
-    plan = plan_lora(model, PEFTArguments(use_lora=True, **options))
+    plan = plan_adapter(model, PEFTArguments(use_lora=True, **options))
     for name, value in options.items():
         assert getattr(plan.config, name) == value
     assert difference(logits(wrap(model, plan)), before) < 1e-5
@@ -196,7 +196,7 @@ def test_variants_reach_peft_and_start_as_the_base(options: dict[str, object]) -
 
 def test_what_is_shipped_names_no_local_path(tmp_path: Path) -> None:
     base = load_base(ModelArguments(model_name_or_path=str(save_base(tmp_path / "secret_place" / "base"))))
-    model = wrap(base.model, plan_lora(base.model, LORA))
+    model = wrap(base.model, plan_adapter(base.model, LORA))
     save_adapter(model, tmp_path / "adapter", base_name="base", base_revision="abc")
     for file in (tmp_path / "adapter").iterdir():
         assert b"secret_place" not in file.read_bytes(), file.name
@@ -206,7 +206,7 @@ def test_what_is_shipped_names_no_local_path(tmp_path: Path) -> None:
 
 def test_adapter_for_another_model_or_in_a_pickle_is_refused(tmp_path: Path) -> None:
     model = tiny_model("roberta")
-    save_adapter(wrap(model, plan_lora(model, LORA)), tmp_path / "adapter", base_name="base")
+    save_adapter(wrap(model, plan_adapter(model, LORA)), tmp_path / "adapter", base_name="base")
     for other in (tiny_model("distilbert"), tiny_model("roberta", hidden_size=48)):
         with pytest.raises(AdapterError, match="does not fit the base model"):
             load_adapter(other, tmp_path / "adapter")
@@ -230,7 +230,7 @@ def test_a_merge_beyond_what_float16_holds_is_refused_and_leaves_nothing(tmp_pat
     model = tiny_model("bert")
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.weight[0, 0] = 1e6
-    adapted = wrap(model, plan_lora(model, LORA))
+    adapted = wrap(model, plan_adapter(model, LORA))
     with pytest.raises(MergeError, match="not finite in float16"):
         merge_adapter(adapted, letter_tokenizer(), tmp_path / "merged", dtype="float16")
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_mlm.adapter import check_adapter_folder, load_adapter, plan_lora, save_adapter, wrap
+from peft_mlm.adapter import check_adapter_folder, load_adapter, plan_adapter, save_adapter, wrap
 from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.arguments import ModelArguments, PEFTArguments
 from peft_mlm.errors import AdapterError
@@ -27,7 +27,7 @@ def lora(**options: Any) -> PEFTArguments:
 
 def make_adapter(folder: Path, model_type: str = "roberta", **options: object) -> Path:
     model = tiny_model(model_type)
-    plan = plan_lora(model, PEFTArguments(use_lora=True, **options))  # type: ignore[arg-type]
+    plan = plan_adapter(model, PEFTArguments(use_lora=True, **options))  # type: ignore[arg-type]
     save_adapter(wrap(model, plan), folder, base_name="base")
     return folder
 
@@ -111,7 +111,7 @@ def test_tensors_that_the_base_has_no_place_for_are_refused(
     base = save_base(tmp_path / "base")
     arguments = ModelArguments(model_name_or_path=str(base), untie_embeddings=True)
     model = load_base(arguments).model
-    plan = plan_lora(model, PEFTArguments(use_lora=True, modules_to_save=["lm_head.decoder"]))
+    plan = plan_adapter(model, PEFTArguments(use_lora=True, modules_to_save=["lm_head.decoder"]))
     save_adapter(wrap(model, plan), tmp_path / "adapter", base_name="base")
     load_adapter(load_base(arguments).model, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -125,7 +125,7 @@ def test_an_embedding_of_another_vocabulary_is_refused(option: str, tmp_path: Pa
     base = save_base(tmp_path / "base", "bert")
     arguments = ModelArguments(model_name_or_path=str(base), untie_embeddings=True)
     model = load_base(arguments).model
-    plan = plan_lora(model, lora(**{option: ["word_embeddings"]}))
+    plan = plan_adapter(model, lora(**{option: ["word_embeddings"]}))
     save_adapter(wrap(model, plan), tmp_path / "adapter", base_name="base")
     other = without_weights(tmp_path / "other", "bert", vocab_size=31)
     with pytest.raises(AdapterError, match="is for a layer of size 25, the base has 31"):
@@ -137,7 +137,7 @@ def test_token_rows_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     letter_tokenizer(extra=["<new>"]).save_pretrained(tmp_path / "longer")
     arguments = ModelArguments(model_name_or_path=str(base), tokenizer_name=str(tmp_path / "longer"))
     grown = load_base(arguments)
-    plan = plan_lora(grown.model, PEFTArguments(use_lora=True), new_token_ids=grown.new_token_ids)
+    plan = plan_adapter(grown.model, PEFTArguments(use_lora=True), new_token_ids=grown.new_token_ids)
     save_adapter(wrap(grown.model, plan), tmp_path / "adapter", base_name="base")
     with pytest.raises(AdapterError, match="rows of tokens up to 25, the base's vocabulary has 25 rows"):
         load(str(tmp_path / "adapter"), base=str(without_weights(tmp_path / "other", "roberta")))

@@ -1,6 +1,7 @@
 """Defaults for training, ranges, and rules between arguments."""
 
 import math
+import re
 
 import pytest
 
@@ -28,7 +29,9 @@ def test_the_tables_name_arguments_only():
     named = (
         {row.name for row in TRAINING_DEFAULTS} | set(FOLLOWERS) | set(FOLLOWERS.values()) | set(RANGES) | set(STEPS)
     )
-    named |= {name.removeprefix("no ") for name in SETS_ASIDE} | {name for row in SETS_ASIDE.values() for name in row}
+    named |= {re.sub("^no | lora$", "", name) for name in SETS_ASIDE} | {
+        name for row in SETS_ASIDE.values() for name in row
+    }
     assert named <= set(argument_fields())
 
 

@@ -25,6 +25,7 @@ FACTS: dict[str, Any] = {
     "base_on_hub": True,
     "base_revision": None,
     "method": "LoRA, rank 8, alpha 16",
+    "peft_type": "lora",
     "trained_modules": (),
     "new_tokens": 0,
     "renamed": False,

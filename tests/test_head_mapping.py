@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, ElectraForPreTraining, ModernBertForSequenceClassification
 
-from peft_mlm.adapter import plan_lora, wrap
+from peft_mlm.adapter import plan_adapter, wrap
 from peft_mlm.arguments import ModelArguments, PEFTArguments
 from peft_mlm.errors import ModelError
 from peft_mlm.head_mapping import open_checkpoint, rename_checkpoint
@@ -135,7 +135,7 @@ def test_a_model_with_a_mapped_head_is_saved_and_merged_under_its_own_names(mode
     base.model.save_pretrained(tmp_path / "saved")
     assert torch.equal(plain_logits(tmp_path / "saved"), logits(base.model))
     assert set(load_file(tmp_path / "saved" / "model.safetensors")) == own_names
-    model = wrap(base.model, plan_lora(base.model, PEFTArguments(use_lora=True)))
+    model = wrap(base.model, plan_adapter(base.model, PEFTArguments(use_lora=True)))
     perturb(model)
     trained = logits(model)
     merge_adapter(model, letter_tokenizer(), tmp_path / "merged")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 
-from peft_mlm.adapter import load_adapter, plan_lora, save_adapter, wrap
+from peft_mlm.adapter import load_adapter, plan_adapter, save_adapter, wrap
 from peft_mlm.arguments import ModelArguments, PEFTArguments
 from peft_mlm.heads import outermost, plan_fresh_head, tied_parameters, untied_modules
 from peft_mlm.model import load_base
@@ -67,7 +67,7 @@ def test_a_model_with_a_fresh_part_is_the_same_after_reloading(model_type: str, 
         fill_free_memory(7.0)
         torch.manual_seed(1)
         base = load_base(ModelArguments(model_name_or_path=str(folder)))
-        plan = plan_lora(base.model, PEFTArguments(use_lora=True), fresh_parameters=base.fresh_parameters)
+        plan = plan_adapter(base.model, PEFTArguments(use_lora=True), fresh_parameters=base.fresh_parameters)
         shipped = any(missing.startswith(f"{module}.") for module in plan.trained_modules)
         assert shipped or any(missing in n and "stays at zero" in n for n in plan.notices), missing
         model = wrap(base.model, plan)
@@ -135,7 +135,7 @@ def test_modules_inside_others_of_the_list_are_left_out() -> None:
 def test_a_fresh_part_inside_a_module_that_the_user_names_is_trained_once() -> None:
     model = tiny_model("rembert")
     options = PEFTArguments(use_lora=True, modules_to_save=["cls"])
-    plan = plan_lora(model, options, fresh_parameters=["cls.predictions.dense.weight"])
+    plan = plan_adapter(model, options, fresh_parameters=["cls.predictions.dense.weight"])
     assert plan.trained_modules == ("cls",)
     wrapped = wrap(model, plan)
     assert sum("modules_to_save" in name for name, _ in wrapped.named_parameters()) == 6

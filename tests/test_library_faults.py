@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import peft_mlm
 from peft_mlm import collator
-from peft_mlm.adapter import plan_lora, wrap
+from peft_mlm.adapter import plan_adapter, wrap
 from peft_mlm.arguments import ModelArguments, PEFTArguments
 from peft_mlm.config import read_arguments
 from peft_mlm.metrics import masked_lm_loss
@@ -116,7 +116,7 @@ def test_peft_ships_no_head_and_a_reload_under_another_seed_is_another_model(tmp
 
     torch.manual_seed(0)
     base = load_base(ModelArguments(model_name_or_path=str(encoder)))
-    adapted = wrap(base.model, plan_lora(base.model, PEFTArguments(), fresh_parameters=base.fresh_parameters)).eval()
+    adapted = wrap(base.model, plan_adapter(base.model, PEFTArguments(), fresh_parameters=base.fresh_parameters)).eval()
     saver(base_name=None, tokenizer=base.tokenizer, tokenizer_changed=False)(adapted, tmp_path / "ours")
     torch.manual_seed(1)
     ours = peft_mlm.load(str(tmp_path / "ours"), base=str(encoder)).model
@@ -133,7 +133,7 @@ def test_all_linear_of_peft_adapts_the_head_and_not_the_decoder(model_type: str)
     plain = get_peft_model(tiny_model(model_type), LoraConfig(target_modules="all-linear"))
     assert outside_the_encoder(plain)
     model = tiny_model(model_type)
-    ours = wrap(model, plan_lora(model, PEFTArguments(lora_target_modules=["all-linear"])))
+    ours = wrap(model, plan_adapter(model, PEFTArguments(lora_target_modules=["all-linear"])))
     assert outside_the_encoder(ours) == []
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig
 
 from peft_mlm.adaptation import adapt
-from peft_mlm.adapter import count_parameters, plan_lora, save_adapter, wrap
+from peft_mlm.adapter import count_parameters, plan_adapter, save_adapter, wrap
 from peft_mlm.arguments import ModelArguments, PEFTArguments
 from peft_mlm.base_recipe import write_base_recipe
 from peft_mlm.config import read_arguments
@@ -121,9 +121,9 @@ def test_every_type_computes_trains_reloads_and_merges(model_type: str, kind: st
 
     dense = next(name for name in float_names if linears[name] is not expected.get_output_embeddings())
     options = PEFTArguments(use_lora=True, modules_to_save=[dense])
-    quantised, plan = base.model.eval(), plan_lora(base.model, options)
+    quantised, plan = base.model.eval(), plan_adapter(base.model, options)
     adapted = wrap(quantised, plan)
-    same = wrap(expected, plan_lora(expected, options))
+    same = wrap(expected, plan_adapter(expected, options))
     perturb(adapted)
     same.load_state_dict({n: p.detach() for n, p in adapted.named_parameters() if p.requires_grad}, strict=False)
     logits(adapted)  # an evaluation before training must not change what training does
@@ -166,7 +166,7 @@ def test_plain_transformers_quantises_the_head_and_cannot_train_it(model_type: s
 
 def test_plain_peft_merges_a_quantised_adapter_into_another_model(bert: Path, tmp_path: Path) -> None:
     arguments = ModelArguments(str(bert), **FOUR)
-    adapted = wrap(model := load_base(arguments).model, plan_lora(model, PEFTArguments(use_lora=True)))
+    adapted = wrap(model := load_base(arguments).model, plan_adapter(model, PEFTArguments(use_lora=True)))
     perturb(adapted)
     save_adapter(adapted, tmp_path / "adapter", base_name=str(bert))
     write_base_recipe(arguments, tmp_path / "adapter")
@@ -296,7 +296,7 @@ def test_a_trained_head_is_float32_in_a_half_precision_base(
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module not in model.base_model.modules()
     )
-    adapted = wrap(model, plan_lora(model, PEFTArguments(use_lora=True, modules_to_save=[dense])))
+    adapted = wrap(model, plan_adapter(model, PEFTArguments(use_lora=True, modules_to_save=[dense])))
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     assert any("modules_to_save" in name for name in trained)
     assert {p.dtype for p in trained.values()} == {torch.float32}
@@ -312,7 +312,7 @@ def test_a_trained_head_is_float32_in_a_half_precision_base(
 def test_moving_a_quantised_model_to_where_it_is_changes_nothing(bert: Path) -> None:
     for kind in (FOUR, EIGHT):
         model = load_base(ModelArguments(str(bert), **kind)).model
-        adapted = wrap(model, plan_lora(model, PEFTArguments(use_lora=True)))
+        adapted = wrap(model, plan_adapter(model, PEFTArguments(use_lora=True)))
         before = logits(adapted)
         assert torch.equal(logits(adapted.to("cpu")), before)
 

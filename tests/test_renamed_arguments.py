@@ -40,7 +40,6 @@ TRANSLATIONS = [
     ("mlm", True, {}),
     ("whole_word_mask", False, {}),
     ("wwm", False, {}),
-    ("peft_type", "LORA", {"use_lora": True}),
     ("bias", "none", {}),
 ]
 REFUSALS = [
@@ -58,8 +57,7 @@ REFUSALS = [
     ("mlm", False, "masked language models"),
     ("whole_word_mask", True, "not in this version"),
     ("wwm", True, "not in this version"),
-    ("peft_type", "LOHA", "use_lora"),
-    ("bias", "all", "not in this version"),
+    ("bias", "all", "peft_config"),
 ]
 # A value that each kind of argument can have, and that is not its default.
 SAMPLES = {
@@ -68,6 +66,7 @@ SAMPLES = {
     "hub_token": "hf_x",
     "ddp_backend": "gloo",
     "use_lora": "true",
+    "peft_method": "LORA",
 }
 
 

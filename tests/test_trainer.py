@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM
 
 import peft_mlm
 from peft_mlm import collator
-from peft_mlm.adapter import plan_lora, wrap
+from peft_mlm.adapter import plan_adapter, wrap
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.run_folder import RunFolder
@@ -56,7 +56,7 @@ NO_DROPOUT = {
 def adapted(model_type: str = "roberta", **changes: object) -> torch.nn.Module:
     model = tiny_model(model_type, **changes)
     torch.manual_seed(5)
-    return wrap(model, plan_lora(model, PEFTArguments(use_lora=True, lora_r=4)))
+    return wrap(model, plan_adapter(model, PEFTArguments(use_lora=True, lora_r=4)))
 
 
 def logs(folder: Path, key: str) -> list[float]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-from peft_mlm.adapter import load_adapter, plan_lora, save_adapter, wrap
+from peft_mlm.adapter import load_adapter, plan_adapter, save_adapter, wrap
 from peft_mlm.arguments import ModelArguments, PEFTArguments
 from peft_mlm.errors import AdapterError, ModelError
 from peft_mlm.heads import tied_parameters
@@ -69,7 +69,7 @@ def test_adapters_on_both_ends_of_an_untied_model_reload_and_merge_as_trained(mo
     assert base.model.config.tie_word_embeddings is False
     assert any("changes nothing" in notice for notice in base.notices) == (not is_tied(plain(folder)))
     embeddings, decoder = both_ends(base.model)
-    plan = plan_lora(
+    plan = plan_adapter(
         base.model, PEFTArguments(use_lora=True, lora_target_modules=[embeddings], modules_to_save=[decoder])
     )
     model = wrap(base.model, plan)
@@ -96,7 +96,7 @@ def test_an_adapter_on_one_end_moves_that_end_alone(model_type: str, option: str
     base = untied(folder)
     ends = both_ends(base.model)
     before = [base.model.get_submodule(name).weight.detach().clone() for name in ends]
-    model = wrap(base.model, plan_lora(base.model, lora(**{option: [ends[end]]})))
+    model = wrap(base.model, plan_adapter(base.model, lora(**{option: [ends[end]]})))
     perturb(model)
     trained = logits(model)
     merge_adapter(model, letter_tokenizer(), tmp_path / "merged")
@@ -113,7 +113,7 @@ def test_on_the_tied_base_plain_peft_merges_wrong_what_it_loads_right(tmp_path: 
     for number, (option, end) in enumerate([("lora_target_modules", 0), ("modules_to_save", 0)]):
         base = untied(folder)
         name = both_ends(base.model)[end]
-        model = wrap(base.model, plan_lora(base.model, lora(**{option: [name]})))
+        model = wrap(base.model, plan_adapter(base.model, lora(**{option: [name]})))
         perturb(model)
         trained = logits(model)
         save_adapter(model, tmp_path / str(number), base_name="base")
@@ -135,7 +135,7 @@ def test_a_head_trained_by_plain_peft_is_lost_by_a_merge_and_not_by_ours(model_t
 
     for untie in (False, True):
         base = load_base(ModelArguments(model_name_or_path=str(folder), untie_embeddings=untie))
-        model = wrap(base.model, plan_lora(base.model, PEFTArguments(use_lora=True, modules_to_save=[head])))
+        model = wrap(base.model, plan_adapter(base.model, PEFTArguments(use_lora=True, modules_to_save=[head])))
         perturb(model)
         trained = logits(model)
         merge_adapter(model, letter_tokenizer(), tmp_path / f"ours{untie}")
@@ -237,7 +237,7 @@ def test_a_model_that_computes_with_the_embeddings_themselves_is_not_untied_nor_
         untie_embeddings(model)
     for option in ("lora_target_modules", "modules_to_save"):
         with pytest.raises(AdapterError, match="tied"):
-            plan_lora(model, lora(**{option: ["word_embeddings"]}))
+            plan_adapter(model, lora(**{option: ["word_embeddings"]}))
 
 
 def test_asking_whether_the_decoder_reads_the_embeddings_changes_nothing() -> None:
@@ -254,14 +254,14 @@ def test_a_tied_matrix_is_refused_with_the_remedy() -> None:
     for option in ("lora_target_modules", "modules_to_save"):
         for name in ("word_embeddings", "decoder"):
             with pytest.raises(AdapterError, match="--untie_embeddings"):
-                plan_lora(tiny_model("bert"), lora(**{option: [name]}))
+                plan_adapter(tiny_model("bert"), lora(**{option: [name]}))
 
 
 def test_a_layer_that_no_prediction_depends_on_is_refused() -> None:
     model = tiny_model("mobilebert", intra_bottleneck_size=32, true_hidden_size=32)
     untie_embeddings(model)
     with pytest.raises(AdapterError, match=r"no prediction depends on the output of cls\.predictions\.decoder"):
-        plan_lora(model, PEFTArguments(use_lora=True, lora_target_modules=["decoder"]))
+        plan_adapter(model, PEFTArguments(use_lora=True, lora_target_modules=["decoder"]))
 
 
 def test_the_recipe_beside_the_adapter_says_that_the_base_was_untied(base_folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-from peft_mlm.adapter import load_adapter, plan_lora, save_adapter, wrap
+from peft_mlm.adapter import load_adapter, plan_adapter, save_adapter, wrap
 from peft_mlm.arguments import ModelArguments, PEFTArguments
 from peft_mlm.errors import AdapterError, ModelError
 from peft_mlm.merging import is_tied, merge_adapter
@@ -58,7 +58,7 @@ def base_with_tokens(folder: Path, **options: Any) -> Base:
 
 
 def trained_adapter(base: Base, folder: Path, peft: PEFTArguments = LORA) -> PeftModel:
-    plan = plan_lora(base.model, peft, fresh_parameters=base.fresh_parameters, new_token_ids=base.new_token_ids)
+    plan = plan_adapter(base.model, peft, fresh_parameters=base.fresh_parameters, new_token_ids=base.new_token_ids)
     model = wrap(base.model, plan)
     perturb(model)
     save_adapter(model, folder, base_name=str(base.name_or_path), tokenizer=base.tokenizer)
@@ -101,7 +101,7 @@ def test_rows_move_at_both_ends_and_every_way_of_loading_gives_the_trained_model
     before = logits(base.model)
     tables = {name: table.weight.detach().clone() for name, table in row_tables(base.model).items()}
     assert len(tables) == 1 + (not is_tied(base.model)) + (model_type == "neomme")
-    plan = plan_lora(base.model, LORA, new_token_ids=base.new_token_ids)
+    plan = plan_adapter(base.model, LORA, new_token_ids=base.new_token_ids)
     model = wrap(base.model, plan)
     assert difference(logits(model), before) < 1e-6
     perturb(model)

@@ -210,7 +210,8 @@ def help_text() -> str:
     """Give the text of `peft-mlm train --help`."""
     usage = (
         "usage: peft-mlm train [CONFIG.yaml|CONFIG.json] [--argument value ...] [--json]\n\n"
-        "Train an adapter (--use_lora) or the whole model. Flags override the file.\n"
+        "Train an adapter (--use_lora, or --peft_method with any method of PEFT) or the whole model. Flags override\n"
+        "the file.\n"
     )
     return usage + "\n" + describe_help(("model", "data", "peft", "training"))
 
@@ -339,13 +340,18 @@ def _describe_run(prepared: Prepared) -> dict[str, Any]:
     trainable, total = count_parameters(prepared.model)
     return {
         "status": "running",
-        "method": "full" if prepared.arguments.peft is None else "lora",
+        "method": "full" if prepared.arguments.peft is None else _peft_type(prepared.model),
         "trainable_parameters": trainable,
         "total_parameters": total,
         "quantisation": prepared.base.quantisation,
         "base": None,
         "adapted": None,
     }
+
+
+def _peft_type(model: Any) -> str:
+    """Name the method of an adapter as `peft_method` does."""
+    return str(model.peft_config["default"].peft_type.value).lower()
 
 
 def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str, Any]:
@@ -389,6 +395,7 @@ def _save(prepared: Prepared, summary: dict[str, Any]) -> None:
 
 
 def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any]:
+    from peft_mlm.adapter_config import describe_method
     from peft_mlm.base_recipe import base_recipe
     from peft_mlm.card import name_data
     from peft_mlm.model import published_name
@@ -397,8 +404,7 @@ def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any
     name = published_name(base.name_or_path)
     method = "all parameters trained"
     if arguments.peft is not None:
-        config = prepared.model.peft_config["default"]
-        method = f"LoRA, rank {config.r}, alpha {config.lora_alpha:g}"
+        method = describe_method(prepared.model.peft_config["default"])
     return {
         **summary,
         "kind": "model" if arguments.peft is None else "adapter",
@@ -407,6 +413,7 @@ def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any
         "base_on_hub": name is not None and not Path(base.name_or_path or "").expanduser().exists(),
         "method": method,
         "base_recipe": base_recipe(arguments.model),
+        "peft_type": summary["method"],
         "trained_modules": prepared.plan.trained_modules if prepared.plan else (),
         "new_tokens": len(base.new_token_ids),
         "renamed": base.renamed_weights,
