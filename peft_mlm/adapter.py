@@ -93,7 +93,7 @@ def plan_lora(
         target_modules=as_pattern(model, targets),
         use_rslora=arguments.use_rslora,
         use_dora=arguments.use_dora,
-        init_lora_weights=INITIALISATIONS.get(arguments.init_lora_weights, True),
+        init_lora_weights=INITIALISATIONS.get(arguments.init_lora_weights, arguments.init_lora_weights),
         modules_to_save=trained or None,
         rank_pattern=check_pattern("rank_pattern", arguments.rank_pattern, targets),
         alpha_pattern=check_pattern("alpha_pattern", arguments.alpha_pattern, targets),

@@ -28,7 +28,9 @@ from peft_mlm.run_folder import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from peft_mlm.adaptation import Adapted
     from peft_mlm.adapter import Plan
+    from peft_mlm.collator import MaskingCollator
     from peft_mlm.corpus import Corpus
     from peft_mlm.model import Base
     from peft_mlm.trainer import MaskedLMTrainer
@@ -105,7 +107,7 @@ def run_training(arguments: Arguments) -> TrainResult:
     if is_first_process():  # the others would see what it has begun to write
         check_output_dir(run.path, resume=resume is not None)
     checkpoint = None if resume is None else find_checkpoint(run, resume)
-    prepared = prepare(arguments, run)
+    prepared = prepare(arguments, run, checkpoint)
     summary = _describe_run(prepared)
     _write_start(prepared, summary, checkpoint)
     try:
@@ -122,12 +124,13 @@ def run_training(arguments: Arguments) -> TrainResult:
     return TrainResult(run.path, summary, prepared.model.eval(), prepared.base.tokenizer)
 
 
-def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
+def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None) -> Prepared:
     """Load text, tokenizer and model, wrap the model, make rows, build the trainer; write nothing.
 
     Args:
         arguments: All groups.
         run: Where the run will write.
+        checkpoint: The checkpoint that it goes on from, or None.
 
     Returns:
         Everything that training needs.
@@ -137,6 +140,7 @@ def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
     from peft_mlm.adaptation import adapt, adapter_to_go_on_with, with_adapter_tokenizer
     from peft_mlm.corpus import build_corpus
     from peft_mlm.data import load_text
+    from peft_mlm.initialization import DataPass
     from peft_mlm.model import load_base
     from peft_mlm.trainer import build_training_arguments
 
@@ -152,10 +156,14 @@ def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
         set_seed(training.seed)
         base = load_base(with_adapter_tokenizer(arguments.model, adapter))
         corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
-    model, plan = adapt(base, arguments, adapter)
-    _tell((*base.notices, *corpus.notices, *(plan.notices if plan else ())))
-    trainer = _build_trainer(arguments, run, base, model, corpus, training)
-    return Prepared(arguments, run, base, model, plan, corpus, trainer)
+    collators = _collators(arguments, base, corpus, training)
+    rows = DataPass(
+        corpus.rows["train"], collators[0], training.per_device_train_batch_size, training.seed, training.device
+    )
+    adapted = adapt(base, arguments, adapter, data=rows, checkpoint=checkpoint)
+    _tell((*base.notices, *corpus.notices, *adapted.notices))
+    trainer = _build_trainer(arguments, run, base, adapted, corpus, collators, training)
+    return Prepared(arguments, run, base, adapted.model, adapted.plan, corpus, trainer)
 
 
 def run(words: Sequence[str]) -> dict[str, Any]:
@@ -228,12 +236,11 @@ def _with_whole_paths(arguments: Arguments) -> Arguments:
     )
 
 
-def _build_trainer(
-    arguments: Arguments, run: RunFolder, base: Base, model: Any, corpus: Corpus, training: Any
-) -> MaskedLMTrainer:
+def _collators(
+    arguments: Arguments, base: Base, corpus: Corpus, training: Any
+) -> tuple[MaskingCollator, MaskingCollator]:
+    """Make the collators of training and of evaluation."""
     from peft_mlm import collator
-    from peft_mlm.model import published_name
-    from peft_mlm.trainer import MaskedLMTrainer, saver
 
     data = arguments.data
     options: dict[str, Any] = {
@@ -243,24 +250,47 @@ def _build_trainer(
         "pad_to": corpus.max_seq_length if data.pad_to_max_length else None,
         "pad_to_multiple_of": 8 if (training.fp16 or training.bf16) and not data.pad_to_max_length else None,
     }
+    return (
+        collator.from_tokenizer(base.tokenizer, seed=training.seed, fixed=False, **options),
+        collator.from_tokenizer(base.tokenizer, seed=data.eval_mask_seed, fixed=True, **options),
+    )
+
+
+def _build_trainer(
+    arguments: Arguments,
+    run: RunFolder,
+    base: Base,
+    adapted: Adapted,
+    corpus: Corpus,
+    collators: tuple[MaskingCollator, MaskingCollator],
+    training: Any,
+) -> MaskedLMTrainer:
+    from peft_mlm.model import published_name
+    from peft_mlm.trainer import MaskedLMTrainer, saver
+
+    data, peft = arguments.data, arguments.peft
     patience = data.early_stopping_patience
     return MaskedLMTrainer(
-        model=model,
+        model=adapted.model,
         args=training,
         train_dataset=corpus.rows["train"],
         eval_dataset=corpus.rows.get("validation"),
         processing_class=base.tokenizer,
-        data_collator=collator.from_tokenizer(base.tokenizer, seed=training.seed, fixed=False, **options),
-        eval_collator=collator.from_tokenizer(base.tokenizer, seed=data.eval_mask_seed, fixed=True, **options),
+        data_collator=collators[0],
+        eval_collator=collators[1],
         save=saver(
             base_name=published_name(base.name_or_path),
             base_revision=base.revision,
             tokenizer=base.tokenizer,
             tokenizer_changed=base.tokenizer_changed or bool(base.new_token_ids),
             base_arguments=arguments.model,
+            initial=adapted.initial,
         ),
         run=run,
         early_stopping=None if patience is None else (patience, data.early_stopping_threshold),
+        loraplus_lr_ratio=None if peft is None else peft.loraplus_lr_ratio,
+        use_lorafa=peft is not None and peft.use_lorafa,
+        initial=adapted.initial,
     )
 
 
