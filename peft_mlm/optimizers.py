@@ -50,7 +50,7 @@ def loraplus_optimizer(
         AdapterError: The adapter has no B matrices that are trained.
         ArgumentsError: The optimiser takes no groups of parameters.
     """
-    check_loraplus(model, optimizer_class, options)
+    check_loraplus(model, ratio, optimizer_class, options)
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for is_b in (False, True):
         for decays in (True, False):
@@ -113,18 +113,21 @@ def lorafa_optimizer(
     return optimizer
 
 
-def check_loraplus(model: PeftModel, optimizer_class: Any, options: dict[str, Any]) -> None:
+def check_loraplus(model: PeftModel, ratio: float, optimizer_class: Any, options: dict[str, Any]) -> None:
     """Refuse LoRA+ where there are no B matrices to train, or no learning rate for them alone.
 
     Args:
         model: The model with its adapter.
+        ratio: Learning rate of B / learning rate.
         optimizer_class: That of `--optim`.
         options: Its options.
 
     Raises:
         AdapterError: The method is not LoRA, or its B matrices are frozen (MiCA).
-        ArgumentsError: The optimiser takes no groups of parameters.
+        ArgumentsError: The ratio is not above 0, or the optimiser takes no groups of parameters.
     """
+    if not ratio > 0:
+        raise ArgumentsError(f"loraplus_lr_ratio is {ratio}: give a number above 0, such as 16.")
     if any(name in options for name in NO_GROUPS) or not issubclass(optimizer_class, torch.optim.Optimizer):
         raise ArgumentsError(
             "loraplus_lr_ratio needs an optimiser with a learning rate per group of parameters; the one that --optim "

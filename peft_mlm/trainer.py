@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,10 @@ class MaskedLMTrainer(Trainer):
         except (ImportError, ValueError, RuntimeError) as error:
             # a package that --report_to, --optim or --use_liger_kernel needs is missing
             raise ArgumentsError(f"transformers refuses these training arguments: {error}") from error
+        if loraplus_lr_ratio is not None and use_lorafa:
+            raise ArgumentsError("loraplus_lr_ratio and use_lorafa are two optimisers: leave one of them out.")
         if loraplus_lr_ratio is not None:
-            check_loraplus(self.model, *optimizer)
+            check_loraplus(self.model, loraplus_lr_ratio, *optimizer)
         if use_lorafa:
             check_lorafa(self.model, self.args)
         self.loraplus_lr_ratio, self.use_lorafa = loraplus_lr_ratio, use_lorafa
@@ -305,7 +308,10 @@ def saver(
         if isinstance(model, PeftModel):
             carried = tokenizer if tokenizer_changed else None
             settle_ranks(model)
-            save_adapter(model, folder, base_name=base_name, base_revision=base_revision, tokenizer=carried)
+            with warnings.catch_warnings():
+                # a layer that AdaLoRA has cut to rank 0 is taken for an incomplete shard
+                warnings.filterwarnings("ignore", message=".*invalid shape", category=UserWarning)
+                save_adapter(model, folder, base_name=base_name, base_revision=base_revision, tokenizer=carried)
             if initial:
                 rewrite_for_untouched_base(folder, initial)
             if base_arguments is not None:
