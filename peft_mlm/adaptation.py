@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from peft_mlm.adapter import Plan, load_adapter, plan_lora
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.config import Arguments
-from peft_mlm.initialization import DataPass, Matrices, initialise, reopen, start_of
+from peft_mlm.data_passes import DataPass
+from peft_mlm.initialization import Matrices, initialise, reopen, start_of
 from peft_mlm.loading import find_adapter
 from peft_mlm.model import Base, load_base
 from peft_mlm.optimizers import freeze_a
@@ -115,8 +116,8 @@ def _new_adapter(base: Base, arguments: Arguments, plan: Plan, data: DataPass, c
     notices = list(plan.notices)
     if not moved <= SAME_START * max(1.0, largest):
         notices.append(
-            f"This adapter does not start as the base: before the first step its logits differ from the base's by up "
-            f"to {moved:.2g} (the largest logit is {largest:.2g})."
+            f"Before the first step the logits differ from the base's by up to {moved:.2g} (the largest is "
+            f"{largest:.2g}): this adapter does not start as the base."
         )
     if initial:
         notices.append(

@@ -11,84 +11,35 @@ quantised base has lost. Both leave the base as it is.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
 import math
-import random
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
-from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
-from peft.tuners.lora.loraga import preprocess_loraga
-from peft.tuners.tuners_utils import check_target_module_exists as is_target
+from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from peft_mlm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Plan, wrap
+from peft_mlm.data_passes import DataPass, eva_directions, is_quantised, leave_covariances, leave_gradients
 from peft_mlm.errors import AdapterError
-from peft_mlm.metrics import masked_lm_loss
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
-PASS_BATCHES = 32
-# EVA goes over the batches until its directions hold still; this often at most.
-EVA_ROUNDS = 20
-# Share of the mean variance that is added to every input's, as in the authors' code.
-CORDA_DAMPING = 0.01
 # Rounding of W - s B0 A0, as a share of the largest weight.
 EDIT_TOLERANCE = 1e-4
 # Starts that take a product out of the base, by the first letters of their names.
 EDITING = ("pissa", "olora", "lora_ga", "corda")
-NEEDS_DATA = ("lora_ga", "corda", "eva")
 
 Matrices = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class DataPass:
-    """The batches that a start is made from: the run's own training rows, drawn at random, masked as in training.
-
-    Attributes:
-        rows: Training rows, with `input_ids`.
-        collator: Makes batches with `input_ids`, `attention_mask` and `labels`.
-        batch_size: Rows per batch.
-        seed: Of the draw.
-        device: Where the pass is computed.
-        batches: How many batches, at most.
-    """
-
-    rows: Dataset
-    collator: Callable[[list[Any]], dict[str, torch.Tensor]]
-    batch_size: int
-    seed: int
-    device: torch.device
-    batches: int = PASS_BATCHES
-
-    def load(self) -> list[dict[str, torch.Tensor]]:
-        """Make the batches."""
-        generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(len(self.rows), generator=generator)[: self.batches * self.batch_size].tolist()
-        parts = [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
-        return [
-            {name: tensor.to(self.device) for name, tensor in self.collator([self.rows[i] for i in part]).items()}
-            for part in parts
-        ]
 
 
 def start_of(plan: Plan) -> str:
@@ -150,12 +101,19 @@ def initialise(
                 "ignore"
             )  # about conversions that PEFT cannot make, and sub-configurations by default
             if start == "eva":
-                return _start_eva(model, plan, data), {}
+                directions = eva_directions(model, plan.config, data)
+                adapted = wrap(model, plan)
+                rows = {PREFIX + name: tensor for name, tensor in directions.items()}
+                with torch.random.fork_rng():  # layers of another rank than planned are made anew
+                    initialize_lora_eva_weights(adapted, eva_state_dict=rows)
+                return adapted, {}
             if start == "loftq":
                 return _start_loftq(model, plan, load_float_base()), {}
             originals = {n: m.weight.detach().clone() for n, m in model.named_modules() if n in plan.target_modules}
-            if start in NEEDS_DATA:
-                (_pass_gradients if start == "lora_ga" else _pass_covariances)(model, plan.config, data)
+            if start == "lora_ga":
+                leave_gradients(model, plan.config, data)
+            if start == "corda":
+                leave_covariances(model, plan.config, data)
             adapted = wrap(model, plan)
     except (ValueError, RuntimeError, IndexError) as error:
         if isinstance(error, AdapterError):
@@ -241,11 +199,11 @@ def check_start(start: str, model: PreTrainedModel, plan: Plan) -> None:
         plan: What the adapter will consist of.
 
     Raises:
-        AdapterError: The base is quantised, or of 16 bits, where its weights would have to be changed; or it is not
-            quantised where the start needs that.
+        AdapterError: The base is quantised, or of 16 bits, where its weights would have to be changed; it is not
+            quantised where the start needs that; or the rank is higher than that of a weight.
     """
     layers = {name: module for name, module in model.named_modules() if name in plan.target_modules}
-    quantised = [name for name, module in layers.items() if hasattr(module.weight, "quant_state")]
+    quantised = [name for name, module in layers.items() if is_quantised(module.weight)]
     if start == "loftq":
         if len(quantised) < len(layers):
             raise AdapterError(
@@ -262,116 +220,14 @@ def check_start(start: str, model: PreTrainedModel, plan: Plan) -> None:
                 f"in float32 alone; {name} is {str(module.weight.dtype).removeprefix('torch.')}. Use --dtype float32 "
                 "(with --bf16 or --fp16 for the computing) and no quantised base, or another init_lora_weights."
             )
-
-
-@contextlib.contextmanager
-def _pass_over(model: PreTrainedModel, data: DataPass) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """Batches and a model on their device, in evaluation mode; generators and modes are as before afterwards."""
-    was_training, states = model.training, (random.getstate(), np.random.get_state())
-    if not any(hasattr(parameter, "quant_state") for parameter in model.parameters()):
-        model.to(data.device)  # where the trainer would put it; a quantised model is there already
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(data.seed)
-            yield data.load()
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        model.train(was_training)
-
-
-def _pass_gradients(model: PreTrainedModel, config: Any, data: DataPass) -> None:
-    """Leave on each target layer the mean gradient of the loss over the batches (LoRA-GA)."""
-    config.lora_ga_config = config.lora_ga_config or LoraGAConfig()
-    with _pass_over(model, data) as batches:
-
-        def run() -> None:
-            model.eval()  # preprocess_loraga has just switched dropout on
-            for batch in batches:
-                labels = batch.pop("labels")
-                masked_lm_loss(model(**batch).logits, labels).backward()
-
-        preprocess_loraga(model, config, run)
-
-
-@torch.no_grad()
-def _pass_covariances(model: PreTrainedModel, config: Any, data: DataPass) -> None:
-    """Leave on each target layer the singular directions of its weight times the covariance of its inputs (CorDA).
-
-    W C = U S V', so that W = U S (V' C^-1), ordered by what the inputs use. PEFT's own preprocessing takes one row at a
-    time and counts padding.
-    """
-    config.corda_config = config.corda_config or CordaConfig()
-    layers = {name: module for name, module in model.named_modules() if is_target(config, name)}
-    covariance: dict[str, torch.Tensor] = {}
-    counts: Counter[str] = Counter()
-
-    def watch(name: str, real: torch.Tensor) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: Any) -> None:
-            rows = _without_padding(inputs, real, name).double()
-            covariance[name] = covariance.get(name, 0) + rows.T @ rows
-            counts[name] += len(rows)
-
-        return hook
-
-    with _pass_over(model, data) as batches:
-        model.eval()
-        for batch in batches:
-            real = batch["attention_mask"].bool()
-            handles = [module.register_forward_pre_hook(watch(name, real)) for name, module in layers.items()]
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            for handle in handles:
-                handle.remove()
-    for name, total in covariance.items():
-        matrix = total / counts[name]
-        matrix.diagonal().add_(CORDA_DAMPING * matrix.diagonal().mean())  # so that it can be inverted
-        weight = layers[name].weight.double()
-        weight = weight.T if isinstance(layers[name], Conv1D) else weight
-        u, s, vh = torch.linalg.svd(weight @ matrix, full_matrices=False)
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-        part = slice(None, rank) if config.corda_config.corda_method == "ipm" else slice(-rank, None)
-        v = torch.linalg.solve(matrix, vh[part].T)
-        layers[name].eigens = SimpleNamespace(U_WC=u[:, part].float(), S_WC=s[part].float(), V_WC=v.float())
-
-
-def _start_eva(model: PreTrainedModel, plan: Plan, data: DataPass) -> PeftModel:
-    """Set A by the principal directions of the inputs at all positions but padding, and spread the rank."""
-    config = plan.config
-    config.eva_config = config.eva_config or EvaConfig()
-    left = EVA_ROUNDS * data.batches
-
-    def forward(module: Any, batch: dict[str, torch.Tensor]) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
+        pattern = plan.config.rank_pattern
+        rank = pattern.get(get_pattern_key(pattern, name), plan.config.r)
+        # LoRA-GA gives A and B directions of their own
+        if (2 * rank if start == "lora_ga" else rank) > min(module.weight.shape):
             raise AdapterError(
-                f"init_lora_weights eva: after {EVA_ROUNDS} rounds over {data.batches} batches the directions still "
-                f"move. Use more rows per batch, a smaller lora_r, or a lower tau than {config.eva_config.tau} "
-                '(--peft_config \'{"eva_config": {"tau": 0.9}}\').'
+                f"init_lora_weights {start} finds no {rank} directions in {name}, whose weight is "
+                f"{' x '.join(map(str, module.weight.shape))}. Use a smaller lora_r or rank_pattern."
             )
-        return module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-
-    # PEFT prints to stdout which layers it skips
-    with _pass_over(model, data) as batches, contextlib.redirect_stdout(io.StringIO()):
-        directions = get_eva_state_dict(
-            model,
-            batches,
-            peft_config=config,
-            forward_fn=forward,
-            prepare_model_inputs_fn=lambda batch, _: batch["attention_mask"].bool(),
-            prepare_layer_inputs_fn=_without_padding,
-            gather_distributed_inputs=False,
-            show_progress_bar=False,
-        )
-        adapted = wrap(model, plan)
-        initialize_lora_eva_weights(adapted, eva_state_dict={PREFIX + n: rows for n, rows in directions.items()})
-    return adapted
-
-
-def _without_padding(layer_input: Any, real: torch.Tensor, _: str) -> torch.Tensor:
-    """Choose the inputs (N, H) of a layer at real tokens; an input that is not by position is taken whole."""
-    tensor = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
-    return tensor[real] if tensor.shape[:-1] == real.shape else tensor.reshape(-1, tensor.shape[-1])
 
 
 @torch.no_grad()
@@ -383,8 +239,13 @@ def _start_loftq(model: PreTrainedModel, plan: Plan, float_base: PreTrainedModel
     plan.config.init_lora_weights, plan.config.loftq_config = True, {}
     adapted = wrap(model, plan)
     for name, layer in _lora_layers(adapted).items():
-        held = dequantize_module_weight(layer.get_base_layer()).float()
-        residual = float_base.get_submodule(name).weight.to(held) - held
+        held, whole = dequantize_module_weight(layer.get_base_layer()).float(), float_base.get_submodule(name).weight
+        if is_quantised(whole):
+            raise AdapterError(
+                "init_lora_weights loftq needs the weights before quantisation, but the checkpoint itself is "
+                "quantised. Give the checkpoint it was made from, with --load_in_4bit, or leave it out."
+            )
+        residual = whole.to(held) - held
         u, s, vh = torch.linalg.svd(residual, full_matrices=False)
         rank = layer.r[ADAPTER]
         root = (s[:rank] / layer.scaling[ADAPTER]).sqrt()
@@ -401,12 +262,6 @@ def _take_edits(model: PeftModel, originals: Mapping[str, torch.Tensor], start: 
     for name, layer in _lora_layers(model).items():
         weight, original = layer.get_base_layer().weight, originals[name]
         a, b = (layer.__getattr__(which)[ADAPTER].weight.detach() for which in ("lora_A", "lora_B"))
-        rank = layer.r[ADAPTER]
-        if a.shape[0] != rank or b.shape[1] != rank:
-            raise AdapterError(
-                f"init_lora_weights {start} gives {name} {a.shape[0]} directions, not {rank}: its weight is "
-                f"{' x '.join(map(str, original.shape))}. Use a smaller lora_r or rank_pattern."
-            )
         if torch.equal(weight, original.to(weight.device)):
             continue
         matrices = a.cpu().clone(), b.cpu().clone()

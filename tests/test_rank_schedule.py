@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_the_budget_falls_to_its_target_and_stands_in_every_log(tmp_path: Path) 
     assert by_step[1] == by_step[2] == (4 * LAYERS, 4 * LAYERS)
     assert by_step[8] == by_step[10] == (2 * LAYERS, 2 * LAYERS)
     steps = sorted(by_step)
-    assert all(by_step[one] >= by_step[next_] for one, next_ in zip(steps, steps[1:], strict=False))
+    assert all(by_step[one] >= by_step[next_] for one, next_ in itertools.pairwise(steps))
     pattern = model.peft_config["default"].rank_pattern
     assert sum(sum(kept) for kept in pattern.values()) == 2 * LAYERS
 

@@ -140,7 +140,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     from peft_mlm.adaptation import adapt, adapter_to_go_on_with, with_adapter_tokenizer
     from peft_mlm.corpus import build_corpus
     from peft_mlm.data import load_text
-    from peft_mlm.initialization import DataPass
+    from peft_mlm.data_passes import DataPass
     from peft_mlm.model import load_base
     from peft_mlm.trainer import build_training_arguments
 
