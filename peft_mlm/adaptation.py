@@ -72,7 +72,13 @@ def with_adapter_tokenizer(arguments: ModelArguments, adapter: Path | None) -> M
 
 
 def adapt(
-    base: Base, arguments: Arguments, adapter: Path | None, *, data: DataPass, checkpoint: Path | None = None
+    base: Base,
+    arguments: Arguments,
+    adapter: Path | None,
+    *,
+    data: DataPass,
+    total_steps: int,
+    checkpoint: Path | None = None,
 ) -> Adapted:
     """Wrap the base: a new adapter, an existing one to go on with, or none.
 
@@ -81,6 +87,7 @@ def adapt(
         arguments: All groups.
         adapter: Folder of the adapter to go on with, or None.
         data: Batches for the starts that need data.
+        total_steps: Optimiser steps of the run, for methods with a schedule.
         checkpoint: Folder of the checkpoint that the run goes on from, or None: nothing is started anew then.
 
     Returns:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch.nn import functional
@@ -66,7 +66,8 @@ def save(model: PeftModel, initial: Any, folder: Path) -> Path:
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+        result: torch.Tensor = model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    return result
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -203,7 +204,7 @@ def test_lora_ga_takes_its_directions_from_the_gradient_of_the_loss_without_drop
     for batch in data_pass().load():
         labels = batch.pop("labels")
         chosen = labels != -100
-        functional.cross_entropy(twin(**batch).logits[chosen], labels[chosen]).backward()
+        torch.autograd.backward(functional.cross_entropy(twin(**batch).logits[chosen], labels[chosen]))
     _, _, vh = torch.linalg.svd(layer.weight.grad)
     model, _ = started(base, "lora_ga")
     a, _, _ = matrices(model)

@@ -18,7 +18,7 @@ from peft_mlm.run_folder import RunFolder
 from peft_mlm.trainer import MaskedLMTrainer, build_training_arguments, saver
 from tests.tiny import letter_texts, letter_tokenizer, tiny_model
 
-QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+QUIET: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def letter_rows(count: int, seed: int = 0) -> Dataset:
@@ -138,7 +138,7 @@ def test_lorafa_trains_the_head_and_new_rows_by_adamw(tmp_path: Path) -> None:
     model, twin = adapted(**options).double(), adapted(**options).double()
     # one step only: what moves B in LoRA-FA moves the head's gradient from the second step on
     # LoRA-FA's AdamW adds epsilon before the correction of the bias: a tiny one makes both forms equal
-    settings = {"max_steps": 1, "lr_scheduler_type": "constant", "adam_epsilon": 1e-14}
+    settings: dict[str, Any] = {"max_steps": 1, "lr_scheduler_type": "constant", "adam_epsilon": 1e-14}
     make_trainer(tmp_path, model, use_lorafa=True, **settings).train()
     freeze_a(twin)
     others = [(n, p) for n, p in twin.named_parameters() if p.requires_grad and "lora_" not in n]
@@ -158,7 +158,11 @@ def test_lorafa_trains_the_head_and_new_rows_by_adamw(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["loraplus_lr_ratio", "use_lorafa"])
 def test_a_resumed_run_ends_exactly_as_one_that_was_never_stopped(kind: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"modules_to_save": ["lm_head"], "lora_dropout": 0.1}
-    settings = {kind: 4.0 if kind == "loraplus_lr_ratio" else True, "save_strategy": "steps", "save_steps": 2}
+    settings: dict[str, Any] = {
+        kind: 4.0 if kind == "loraplus_lr_ratio" else True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
     settings["max_grad_norm"] = 0.01  # every gradient that is wrongly taken shows in the others
     whole = adapted(**options)
     make_trainer(tmp_path, whole, **settings).train()

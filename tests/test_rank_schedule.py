@@ -29,7 +29,7 @@ from tests.tiny import letter_texts, letter_tokenizer, tiny_model
 
 TARGETS = r".*\.(query|value)"
 LAYERS = 4
-QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+QUIET: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 IDS = torch.tensor([[0, 5, 9, 4, 13, 4, 20, 2], [0, 6, 4, 8, 8, 17, 24, 2]])
 
 
@@ -86,7 +86,8 @@ def logged(folder: Path, key: str) -> list[Any]:
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+        result: torch.Tensor = model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    return result
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

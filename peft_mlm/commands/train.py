@@ -142,6 +142,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     from peft_mlm.data import load_text
     from peft_mlm.data_passes import DataPass
     from peft_mlm.model import load_base
+    from peft_mlm.rank_schedule import planned_steps
     from peft_mlm.trainer import build_training_arguments
 
     _tell(arguments.notices)
@@ -157,10 +158,15 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
         base = load_base(with_adapter_tokenizer(arguments.model, adapter))
         corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
     collators = _collators(arguments, base, corpus, training)
-    rows = DataPass(
-        corpus.rows["train"], collators[0], training.per_device_train_batch_size, training.seed, training.device
+    rows = corpus.rows["train"]
+    adapted = adapt(
+        base,
+        arguments,
+        adapter,
+        data=DataPass(rows, collators[0], training.per_device_train_batch_size, training.seed, training.device),
+        total_steps=planned_steps(len(rows), training),
+        checkpoint=checkpoint,
     )
-    adapted = adapt(base, arguments, adapter, data=rows, checkpoint=checkpoint)
     _tell((*base.notices, *corpus.notices, *adapted.notices))
     trainer = _build_trainer(arguments, run, base, adapted, corpus, collators, training)
     return Prepared(arguments, run, base, adapted.model, adapted.plan, corpus, trainer)
