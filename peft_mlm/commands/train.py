@@ -138,7 +138,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     from transformers import set_seed
 
     from peft_mlm.adaptation import adapt, adapter_to_go_on_with, with_adapter_tokenizer
-    from peft_mlm.corpus import build_corpus
+    from peft_mlm.corpus import build_collators, build_corpus
     from peft_mlm.data import load_text
     from peft_mlm.data_passes import DataPass
     from peft_mlm.model import load_base
@@ -157,7 +157,8 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
         set_seed(training.seed)
         base = load_base(with_adapter_tokenizer(arguments.model, adapter))
         corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
-    collators = _collators(arguments, base, corpus, training)
+    half = training.fp16 or training.bf16
+    collators = build_collators(corpus, arguments.data, base.tokenizer, seed=training.seed, half_precision=half)
     rows = corpus.rows["train"]
     adapted = adapt(
         base,
@@ -239,26 +240,6 @@ def _with_whole_paths(arguments: Arguments) -> Arguments:
             validation_file=files(data.validation_file),
         ),
         peft=None if peft is None else replace(peft, adapter_name_or_path=whole(peft.adapter_name_or_path)),
-    )
-
-
-def _collators(
-    arguments: Arguments, base: Base, corpus: Corpus, training: Any
-) -> tuple[MaskingCollator, MaskingCollator]:
-    """Make the collators of training and of evaluation."""
-    from peft_mlm import collator
-
-    data = arguments.data
-    options: dict[str, Any] = {
-        "mlm_probability": data.mlm_probability,
-        "mask_replace_prob": data.mask_replace_prob,
-        "random_replace_prob": data.random_replace_prob,
-        "pad_to": corpus.max_seq_length if data.pad_to_max_length else None,
-        "pad_to_multiple_of": 8 if (training.fp16 or training.bf16) and not data.pad_to_max_length else None,
-    }
-    return (
-        collator.from_tokenizer(base.tokenizer, seed=training.seed, fixed=False, **options),
-        collator.from_tokenizer(base.tokenizer, seed=data.eval_mask_seed, fixed=True, **options),
     )
 
 
