@@ -283,10 +283,11 @@ def test_loftq_starts_at_what_the_base_has_lost(kind: str, float_folder: Path, t
 def test_a_start_that_would_be_wrong_on_this_base_is_refused(
     start: str, base: str, said: str, float_folder: Path
 ) -> None:
+    plan = planned(tiny_model("roberta"), start)
     model = quantised(float_folder) if base == "nf4" else tiny_model("roberta")
     model = model.to(torch.bfloat16) if base == "bfloat16" else model
     with pytest.raises(AdapterError, match=said):
-        initialise(model, planned(model, start), data=data_pass(), load_float_base=lambda: quantised(float_folder))
+        initialise(model, plan, data=data_pass(), load_float_base=lambda: quantised(float_folder))
 
 
 @pytest.mark.parametrize("start", EDITING)
