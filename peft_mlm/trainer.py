@@ -185,6 +185,11 @@ class MaskedLMTrainer(Trainer):
         self.add_callback(MetricsFile(run))
         self.add_callback(Progress())
         self.schedule = RankSchedule() if has_rank_schedule(self.model) else None
+        if (self.initial or self.schedule) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ArgumentsError(
+                "A start that takes a part out of the base (init_lora_weights) and ranks that move (adalora, adamss) "
+                "need the whole model in each process: leave fsdp and deepspeed out, or use another method or start."
+            )
         if self.schedule is not None:
             self.add_callback(self.schedule)
         if early_stopping is not None:
@@ -226,8 +231,11 @@ class MaskedLMTrainer(Trainer):
         return super().create_optimizer(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the ranks that are left where a schedule cuts them."""
-        super().log({**logs, **describe_ranks(self.model, self.state.global_step)}, start_time)
+        """Log, with the ranks that are left where a schedule cuts them, and the penalty that the loss contains."""
+        more: dict[str, float] = dict(describe_ranks(self.model, self.state.global_step))
+        penalty = orthogonal_penalty(self.model) if "loss" in logs else None
+        more |= {} if penalty is None else {"orthogonal_penalty": penalty.item()}
+        super().log({**logs, **more}, start_time)
 
     def evaluate(
         self,

@@ -120,6 +120,7 @@ def test_adalora_equals_a_plain_loop_on_plain_peft(accumulated: int, tmp_path: P
         optimizer.zero_grad()
         losses.append(loss.item())
     assert logged(tmp_path, "loss") == pytest.approx(losses, rel=1e-5)
+    assert all(0 < penalty < loss for penalty, loss in zip(logged(tmp_path, "orthogonal_penalty"), losses, strict=True))
     for (name, one), (_, other) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-8), name
     assert model.peft_config["default"].rank_pattern == twin.peft_config["default"].rank_pattern
