@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
 
-from peft_mlm.adapter import Plan, load_adapter, plan_adapter, wrap
+from peft_mlm.adapter import Plan, load_adapter, plan_adapter
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import base_recipe, with_base_recipe
 from peft_mlm.config import Arguments
+from peft_mlm.data_passes import DataPass
 from peft_mlm.errors import AdapterError
-from peft_mlm.loading import find_adapter
-from peft_mlm.model import Base
+from peft_mlm.initialization import Matrices, initialise, reopen, start_of
+from peft_mlm.loading import check_base, find_adapter
+from peft_mlm.model import Base, load_base
+from peft_mlm.optimizers import freeze_a
 from peft_mlm.quantization import check_trainable, is_quantised
+from peft_mlm.resuming import read_initial
+
+PROBE_TOKENS = 16
+# Rounding of a start that changes nothing, as a share of the largest logit.
+SAME_START = 1e-4
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model ready to train.
+
+    Attributes:
+        model: The base, or a PeftModel on it.
+        plan: What a new adapter consists of; None without one.
+        initial: (A0, B0) by layer, where s B0 A0 was taken out of the base; empty where the base is untouched.
+        notices: Sentences that the user should read.
+    """
+
+    model: Any
+    plan: Plan | None = None
+    initial: Mapping[str, Matrices] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
 
 def adapter_to_go_on_with(arguments: Arguments) -> Path | None:
@@ -74,16 +101,27 @@ def with_base_of_adapter(arguments: Arguments, adapter: Path | None) -> Argument
     return replace(arguments, model=model)
 
 
-def adapt(base: Base, arguments: Arguments, adapter: Path | None) -> tuple[Any, Plan | None]:
+def adapt(
+    base: Base,
+    arguments: Arguments,
+    adapter: Path | None,
+    *,
+    data: DataPass,
+    total_steps: int,
+    checkpoint: Path | None = None,
+) -> Adapted:
     """Wrap the base: a new adapter, an existing one to go on with, or none.
 
     Args:
         base: The base; its model is changed in place.
         arguments: All groups.
         adapter: Folder of the adapter to go on with, or None.
+        data: Batches for the starts that need data.
+        total_steps: Optimiser steps of the run, for methods with a schedule.
+        checkpoint: Folder of the checkpoint that the run goes on from, or None: nothing is started anew then.
 
     Returns:
-        The model to train, and for a new adapter what it consists of.
+        The model to train, and what is new about it.
 
     Raises:
         AdapterError: The adapter, or its options, do not fit the base.
@@ -95,13 +133,60 @@ def adapt(base: Base, arguments: Arguments, adapter: Path | None) -> tuple[Any, 
                 f"{base.name_or_path} is a quantised base, whose weights cannot be trained: add --use_lora to train an "
                 "adapter beside them, or give its float checkpoint."
             )
-        return base.model, None
+        return Adapted(base.model)
     if adapter is not None:
+        check_base(adapter, base, remedy="Give the right one by model_name_or_path.")
         _check_tokenizer(base, adapter)
-        return load_adapter(base.model, adapter, is_trainable=True, new_token_ids=base.new_token_ids), None
-    plan = plan_adapter(base.model, peft, fresh_parameters=base.fresh_parameters, new_token_ids=base.new_token_ids)
-    check_trainable(base.model, plan.trained_modules)
-    return wrap(base.model, plan), plan
+        adapted = Adapted(load_adapter(base.model, adapter, is_trainable=True, new_token_ids=base.new_token_ids))
+    else:
+        plan = plan_adapter(
+            base.model,
+            peft,
+            fresh_parameters=base.fresh_parameters,
+            new_token_ids=base.new_token_ids,
+            total_steps=total_steps,
+        )
+        check_trainable(base.model, plan.trained_modules)
+        adapted = _new_adapter(base, arguments, plan, data, checkpoint)
+    if peft.use_lorafa:
+        freeze_a(adapted.model)
+    return adapted
+
+
+def _new_adapter(base: Base, arguments: Arguments, plan: Plan, data: DataPass, checkpoint: Path | None) -> Adapted:
+    if checkpoint is not None:
+        initial = read_initial(checkpoint)
+        return Adapted(reopen(base.model, plan, checkpoint, initial), plan, initial, plan.notices)
+
+    def load_float_base() -> PreTrainedModel:
+        return load_base(replace(arguments.model, load_in_4bit=False, load_in_8bit=False, dtype="float32")).model
+
+    before = _probe(base.model)
+    model, initial = initialise(base.model, plan, data=data, load_float_base=load_float_base)
+    moved, largest = float((_probe(model) - before).abs().max()), float(before.abs().max())
+    notices = list(plan.notices)
+    if not moved <= SAME_START * max(1.0, largest):
+        notices.append(
+            f"Before the first step the logits differ from the base's by up to {moved:.2g} (the largest is "
+            f"{largest:.2g}): this adapter does not start as the base."
+        )
+    if initial:
+        notices.append(
+            f"init_lora_weights {start_of(plan)} takes a part of {len(initial)} weights out of the base for training; "
+            "what is saved is plain LoRA of twice the rank, for the base as it was."
+        )
+    return Adapted(model, plan, initial, tuple(notices))
+
+
+@torch.no_grad()
+def _probe(model: Any) -> torch.Tensor:
+    """Logits (1, T, V) of a short row of tokens, in evaluation mode."""
+    was_training = model.training
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(PROBE_TOKENS, device=model.device).remainder(vocabulary).unsqueeze(0)
+    logits: torch.Tensor = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().cpu()
+    model.train(was_training)
+    return logits
 
 
 def _check_tokenizer(base: Base, adapter: Path) -> None:

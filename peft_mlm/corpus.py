@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_mlm.arguments import DataTrainingArguments
+from peft_mlm.collator import MaskingCollator, from_tokenizer
 from peft_mlm.data import TextData
 from peft_mlm.packing import make_rows
 from peft_mlm.positions import resolve_max_seq_length
@@ -68,6 +69,39 @@ def build_corpus(
         facts[split] = {**text.facts[split], **facts[split]}
         notices += _remarks(split, facts[split])
     return Corpus(rows, facts, max_seq_length, tuple(notices))
+
+
+def build_collators(
+    corpus: Corpus,
+    arguments: DataTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    half_precision: bool,
+) -> tuple[MaskingCollator, MaskingCollator]:
+    """Make what turns rows into masked batches.
+
+    Args:
+        corpus: The rows.
+        arguments: How to mask and to pad.
+        tokenizer: Its mask and padding tokens.
+        seed: Of the training masks.
+        half_precision: Whether the model computes in 16 bits, where lengths that 8 divides are faster.
+
+    Returns:
+        The collators of training and of evaluation.
+    """
+    options: dict[str, Any] = {
+        "mlm_probability": arguments.mlm_probability,
+        "mask_replace_prob": arguments.mask_replace_prob,
+        "random_replace_prob": arguments.random_replace_prob,
+        "pad_to": corpus.max_seq_length if arguments.pad_to_max_length else None,
+        "pad_to_multiple_of": 8 if half_precision and not arguments.pad_to_max_length else None,
+    }
+    return (
+        from_tokenizer(tokenizer, seed=seed, fixed=False, **options),
+        from_tokenizer(tokenizer, seed=arguments.eval_mask_seed, fixed=True, **options),
+    )
 
 
 def _make_split(

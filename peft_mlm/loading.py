@@ -180,13 +180,20 @@ def load_target(target: Target, *, any_base: bool = False, dequantised: bool = F
     return Loaded(adapted, base.tokenizer, base)
 
 
-def check_base(adapter: Path, base: Base, *, any_base: bool = False) -> None:
+def check_base(
+    adapter: Path,
+    base: Base,
+    *,
+    any_base: bool = False,
+    remedy: str = "Give the right one with --base, or go on with this one by --any_base.",
+) -> None:
     """Refuse a base that the adapter was not trained on, even if its shapes fit.
 
     Args:
         adapter: The adapter's folder.
         base: What was loaded.
         any_base: Let a base of the same make pass, whatever its weights.
+        remedy: What to do about another base; a sentence.
 
     Raises:
         AdapterError: The fingerprint beside the adapter is another; adapters without one pass.
@@ -198,13 +205,12 @@ def check_base(adapter: Path, base: Base, *, any_base: bool = False) -> None:
     if told:
         raise AdapterError(
             f"The adapter {adapter} does not fit the base model {base.name_or_path}: {'; '.join(told)}. Give the base "
-            "that it was trained on with --base."
+            "that it was trained on."
         )
     told = changed_weights(recorded, base.fingerprint)
     if told and not any_base:
         raise AdapterError(
-            f"{base.name_or_path} is not the base that the adapter {adapter} was trained on: {told[0]}. Give the "
-            "right one with --base, or go on with this one by --any_base."
+            f"{base.name_or_path} is not the base that the adapter {adapter} was trained on: {told[0]}. " + remedy
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,7 @@ from transformers import (
     HfArgumentParser,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -36,10 +35,22 @@ from transformers.utils import is_liger_kernel_available
 from peft_mlm.adapter import save_adapter
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import write_base_recipe
+from peft_mlm.callbacks import MaskEpoch, MetricsFile, Progress, show_progress
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.fingerprint import write_fingerprint
+from peft_mlm.initialization import Matrices, rewrite_for_untouched_base
 from peft_mlm.metrics import MaskedScores, evaluate_masked_lm, masked_lm_loss
-from peft_mlm.run_folder import RunFolder, append_jsonl
+from peft_mlm.optimizers import check_lorafa, check_loraplus, lorafa_optimizer, loraplus_optimizer
+from peft_mlm.rank_schedule import (
+    RankSchedule,
+    describe_ranks,
+    has_rank_schedule,
+    load_schedule_state,
+    orthogonal_penalty,
+    settle_ranks,
+)
+from peft_mlm.resuming import has_training_state, load_training_state, read_schedule_state, write_training_state
+from peft_mlm.run_folder import RunFolder
 
 PERPLEXITY_NAMES = ("perplexity", "eval_perplexity")
 
@@ -118,11 +129,6 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def show_progress(arguments: TrainingArguments) -> bool:
-    """Tell whether progress bars are shown: on a terminal, in the first process."""
-    return sys.stderr.isatty() and arguments.process_index == 0
-
-
 class MaskedLMTrainer(Trainer):
     """Trainer for masked language models.
 
@@ -131,10 +137,14 @@ class MaskedLMTrainer(Trainer):
         save: Writes the model (or its adapter) into a folder.
         run: The run folder whose metrics.jsonl gets every log.
         early_stopping: Patience in evaluations and threshold, or None.
+        loraplus_lr_ratio: Learning rate of LoRA's B matrices as a multiple of the others' (LoRA+), or None.
+        use_lorafa: Whether to train by LoRA-FA's optimiser.
+        initial: (A0, B0) by layer, where their product was taken out of the base; `save` must have the same.
         **options: Trainer's own arguments; `data_collator` makes the training batches.
 
     Raises:
         ArgumentsError: An argument needs a package that is not installed.
+        AdapterError: The adapter does not go with LoRA+ or LoRA-FA.
     """
 
     def __init__(
@@ -144,16 +154,27 @@ class MaskedLMTrainer(Trainer):
         save: Callable[[torch.nn.Module, Path], None],
         run: RunFolder,
         early_stopping: tuple[int, float] | None = None,
+        loraplus_lr_ratio: float | None = None,
+        use_lorafa: bool = False,
+        initial: Mapping[str, Matrices] | None = None,
         **options: Any,
     ) -> None:
         try:
             if options["args"].use_liger_kernel and not is_liger_kernel_available():
                 raise ImportError("use_liger_kernel needs liger-kernel: pip install liger-kernel")
             super().__init__(**options)
-            self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         except (ImportError, ValueError, RuntimeError) as error:
             # a package that --report_to, --optim or --use_liger_kernel needs is missing
             raise ArgumentsError(f"transformers refuses these training arguments: {error}") from error
+        if loraplus_lr_ratio is not None and use_lorafa:
+            raise ArgumentsError("loraplus_lr_ratio and use_lorafa are two optimisers: leave one of them out.")
+        if loraplus_lr_ratio is not None:
+            check_loraplus(self.model, loraplus_lr_ratio, *optimizer)
+        if use_lorafa:
+            check_lorafa(self.model, self.args)
+        self.loraplus_lr_ratio, self.use_lorafa = loraplus_lr_ratio, use_lorafa
+        self.initial = dict(initial or {})
         self.eval_collator = eval_collator
         self.save_into = save
         # Trainer then counts the masked tokens of all micro-batches of a step, which `compute_loss` divides by.
@@ -161,9 +182,17 @@ class MaskedLMTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(_MaskEpoch(self.data_collator))
-        self.add_callback(_MetricsFile(run))
-        self.add_callback(_Progress())
+        self.add_callback(MaskEpoch(self.data_collator))
+        self.add_callback(MetricsFile(run))
+        self.add_callback(Progress())
+        self.schedule = RankSchedule() if has_rank_schedule(self.model) else None
+        if (self.initial or self.schedule) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ArgumentsError(
+                "A start that takes a part out of the base (init_lora_weights) and ranks that move (adalora, adamss) "
+                "need the whole model in each process: leave fsdp and deepspeed out, or use another method or start."
+            )
+        if self.schedule is not None:
+            self.add_callback(self.schedule)
         if early_stopping is not None:
             self.add_callback(EarlyStoppingCallback(*early_stopping))
 
@@ -181,7 +210,33 @@ class MaskedLMTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # Processes average their gradients; dividing by the count of all of them asks for the sum.
             loss = loss * self.accelerator.num_processes
+        if model.training and self.accelerator.sync_gradients:  # once per optimiser step, in its last micro-batch
+            penalty = orthogonal_penalty(self.model)
+            loss = loss if penalty is None else loss + penalty
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimiser: Trainer's, or that of LoRA+ or LoRA-FA."""
+        self.optimizer: torch.optim.Optimizer | None
+        if self.optimizer is None and self.loraplus_lr_ratio is not None:
+            self.optimizer = loraplus_optimizer(
+                self.model,
+                *self.get_optimizer_cls_and_kwargs(self.args, self.model),
+                ratio=self.loraplus_lr_ratio,
+                weight_decay=self.args.weight_decay,
+                decayed=self.get_decay_parameter_names(self.model),
+            )
+        if self.optimizer is None and self.use_lorafa:
+            decayed = self.get_decay_parameter_names(self.model)
+            self.optimizer = lorafa_optimizer(self.model, self.args, decayed=decayed)
+        return super().create_optimizer(model)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the ranks that are left where a schedule cuts them, and the penalty that the loss contains."""
+        more: dict[str, float] = dict(describe_ranks(self.model, self.state.global_step))
+        penalty = orthogonal_penalty(self.model) if "loss" in logs else None
+        more |= {} if penalty is None else {"orthogonal_penalty": penalty.item()}
+        super().log({**logs, **more}, start_time)
 
     def evaluate(
         self,
@@ -207,7 +262,31 @@ class MaskedLMTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
         elif self.args.should_save:
-            self.save_into(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
+            model, folder = self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir)
+            self.save_into(model, folder)
+            if isinstance(model, PeftModel):
+                write_training_state(model, folder, self.initial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Set what was trained; PEFT would take up training of parameters that a method keeps frozen."""
+        trained = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        checkpoint = Path(resume_from_checkpoint)
+        if has_training_state(checkpoint):
+            load_training_state(self.model, checkpoint)
+            if self.schedule is not None:
+                self.schedule.checkpoint = read_schedule_state(checkpoint), checkpoint
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trained[name])
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if not has_training_state(best):
+            super()._load_best_model()
+            return
+        load_training_state(self.model, best)
+        load_schedule_state(self.model, read_schedule_state(best), best)
 
 
 def saver(
@@ -218,6 +297,7 @@ def saver(
     base_revision: str | None = None,
     base_arguments: ModelArguments | None = None,
     fingerprint: Mapping[str, Any] | None = None,
+    initial: Mapping[str, Matrices] | None = None,
 ) -> Callable[[torch.nn.Module, Path], None]:
     """Make the function that writes what was trained.
 
@@ -228,6 +308,8 @@ def saver(
         base_revision: The base's commit on the hub.
         base_arguments: How the base was loaded, to be kept beside the adapter.
         fingerprint: What tells the base from others, to be kept beside the adapter.
+        initial: (A0, B0) by layer, where their product was taken out of the base: what is written fits the base as it
+            was.
 
     Returns:
         A function of the model and a folder: it writes the adapter alone, or the whole model with its tokenizer.
@@ -236,7 +318,13 @@ def saver(
     def save(model: torch.nn.Module, folder: Path) -> None:
         if isinstance(model, PeftModel):
             carried = tokenizer if tokenizer_changed else None
-            save_adapter(model, folder, base_name=base_name, base_revision=base_revision, tokenizer=carried)
+            settle_ranks(model)
+            with warnings.catch_warnings():
+                # a layer that AdaLoRA has cut to rank 0 is taken for an incomplete shard
+                warnings.filterwarnings("ignore", message=".*invalid shape", category=UserWarning)
+                save_adapter(model, folder, base_name=base_name, base_revision=base_revision, tokenizer=carried)
+            if initial:
+                rewrite_for_untouched_base(folder, initial)
             if base_arguments is not None:
                 write_base_recipe(base_arguments, folder)
             if fingerprint:
@@ -246,86 +334,6 @@ def saver(
             tokenizer.save_pretrained(str(folder))
 
     return save
-
-
-class _MaskEpoch(TrainerCallback):
-    """Tells the training collator the epoch, which its masks depend on; a resumed run gets the same ones."""
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.collator.set_epoch(int(state.epoch or 0))
-
-
-class _MetricsFile(TrainerCallback):
-    """Appends every log to metrics.jsonl."""
-
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if state.is_world_process_zero and logs:
-            append_jsonl(self.run.metrics, {"step": state.global_step, **logs})
-
-
-class _Progress(TrainerCallback):
-    """A bar for the steps, and one line per evaluation, on stderr."""
-
-    def __init__(self) -> None:
-        self.bar: tqdm[Any] | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc="training",
-                unit="step",
-                file=sys.stderr,
-                disable=not show_progress(args),
-            )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.bar is None or not logs:
-            return
-        if "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-        if "eval_loss" in logs:
-            self.bar.write(
-                f"step {state.global_step:>6}/{state.max_steps}  loss {logs['eval_loss']:.4f}  "
-                f"perplexity {logs['eval_perplexity']:.3f}  masked accuracy {logs['eval_accuracy']:.4f}",
-                file=sys.stderr,
-            )
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
 
 
 def _autocast(arguments: TrainingArguments) -> Callable[[], Any]:

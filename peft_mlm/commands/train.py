@@ -31,7 +31,9 @@ from peft_mlm.token_lists import read_token_list
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from peft_mlm.adaptation import Adapted
     from peft_mlm.adapter import Plan
+    from peft_mlm.collator import MaskingCollator
     from peft_mlm.corpus import Corpus
     from peft_mlm.model import Base
     from peft_mlm.trainer import MaskedLMTrainer
@@ -108,7 +110,7 @@ def run_training(arguments: Arguments) -> TrainResult:
     if is_first_process():  # the others would see what it has begun to write
         check_output_dir(run.path, resume=resume is not None)
     checkpoint = None if resume is None else find_checkpoint(run, resume)
-    prepared = prepare(arguments, run)
+    prepared = prepare(arguments, run, checkpoint)
     summary = _describe_run(prepared)
     _write_start(prepared, summary, checkpoint)
     try:
@@ -125,12 +127,13 @@ def run_training(arguments: Arguments) -> TrainResult:
     return TrainResult(run.path, summary, prepared.model.eval(), prepared.base.tokenizer)
 
 
-def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
+def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None) -> Prepared:
     """Load text, tokenizer and model, wrap the model, make rows, build the trainer; write nothing.
 
     Args:
         arguments: All groups.
         run: Where the run will write.
+        checkpoint: The checkpoint that it goes on from, or None.
 
     Returns:
         Everything that training needs.
@@ -155,9 +158,11 @@ def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
         with_adapter_tokenizer,
         with_base_of_adapter,
     )
-    from peft_mlm.corpus import build_corpus
+    from peft_mlm.corpus import build_collators, build_corpus
     from peft_mlm.data import load_text
+    from peft_mlm.data_passes import DataPass
     from peft_mlm.model import load_base
+    from peft_mlm.rank_schedule import planned_steps
     from peft_mlm.trainer import build_training_arguments
 
     _tell(arguments.notices)
@@ -174,10 +179,20 @@ def prepare(arguments: Arguments, run: RunFolder) -> Prepared:
         base = load_base(with_adapter_tokenizer(arguments.model, adapter))
         check_training(base.model.config.model_type, **asked)
         corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
-    model, plan = adapt(base, arguments, adapter)
-    _tell((*base.notices, *corpus.notices, *(plan.notices if plan else ())))
-    trainer = _build_trainer(arguments, run, base, model, corpus, training)
-    return Prepared(arguments, run, base, model, plan, corpus, trainer)
+    half = training.fp16 or training.bf16
+    collators = build_collators(corpus, arguments.data, base.tokenizer, seed=training.seed, half_precision=half)
+    rows = corpus.rows["train"]
+    adapted = adapt(
+        base,
+        arguments,
+        adapter,
+        data=DataPass(rows, collators[0], training.per_device_train_batch_size, training.seed, training.device),
+        total_steps=planned_steps(len(rows), training),
+        checkpoint=checkpoint,
+    )
+    _tell((*base.notices, *corpus.notices, *adapted.notices))
+    trainer = _build_trainer(arguments, run, base, adapted, corpus, collators, training)
+    return Prepared(arguments, run, base, adapted.model, adapted.plan, corpus, trainer)
 
 
 def run(words: Sequence[str]) -> dict[str, Any]:
@@ -280,29 +295,27 @@ def _with_token_lists(arguments: Arguments) -> Arguments:
 
 
 def _build_trainer(
-    arguments: Arguments, run: RunFolder, base: Base, model: Any, corpus: Corpus, training: Any
+    arguments: Arguments,
+    run: RunFolder,
+    base: Base,
+    adapted: Adapted,
+    corpus: Corpus,
+    collators: tuple[MaskingCollator, MaskingCollator],
+    training: Any,
 ) -> MaskedLMTrainer:
-    from peft_mlm import collator
     from peft_mlm.model import published_name
     from peft_mlm.trainer import MaskedLMTrainer, saver
 
-    data = arguments.data
-    options: dict[str, Any] = {
-        "mlm_probability": data.mlm_probability,
-        "mask_replace_prob": data.mask_replace_prob,
-        "random_replace_prob": data.random_replace_prob,
-        "pad_to": corpus.max_seq_length if data.pad_to_max_length else None,
-        "pad_to_multiple_of": 8 if (training.fp16 or training.bf16) and not data.pad_to_max_length else None,
-    }
+    data, peft = arguments.data, arguments.peft
     patience = data.early_stopping_patience
     return MaskedLMTrainer(
-        model=model,
+        model=adapted.model,
         args=training,
         train_dataset=corpus.rows["train"],
         eval_dataset=corpus.rows.get("validation"),
         processing_class=base.tokenizer,
-        data_collator=collator.from_tokenizer(base.tokenizer, seed=training.seed, fixed=False, **options),
-        eval_collator=collator.from_tokenizer(base.tokenizer, seed=data.eval_mask_seed, fixed=True, **options),
+        data_collator=collators[0],
+        eval_collator=collators[1],
         save=saver(
             base_name=published_name(base.name_or_path),
             base_revision=base.revision,
@@ -310,9 +323,13 @@ def _build_trainer(
             tokenizer_changed=base.tokenizer_changed or bool(base.new_token_ids),
             base_arguments=arguments.model,
             fingerprint=base.fingerprint,
+            initial=adapted.initial,
         ),
         run=run,
         early_stopping=None if patience is None else (patience, data.early_stopping_threshold),
+        loraplus_lr_ratio=None if peft is None else peft.loraplus_lr_ratio,
+        use_lorafa=peft is not None and peft.use_lorafa,
+        initial=adapted.initial,
     )
 
 
