@@ -149,6 +149,13 @@ class DataTrainingArguments:
         default=None,
         metadata={"help": "Tokens per row, special tokens included; else what the model holds, at most 1024."},
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per training batch at most, padding included, in place of a number of rows: short rows "
+            "then come in larger batches."
+        },
+    )
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad every row to max_seq_length, not to the longest of its batch."}
     )

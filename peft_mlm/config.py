@@ -247,7 +247,13 @@ def _resolve(found: _Findings, *, for_training: bool) -> Arguments:
     given = {name: value for name, value in found.values.items() if value not in (None, "", [], {})}
     training_given = {name: value for name, value in found.values.items() if fields[name].group == "training"}
     adapter = given.get("use_lora", False) or "adapter_name_or_path" in given
-    ours, why = default_training(training_given, adapter=adapter, early_stopping="early_stopping_patience" in given)
+    ours, why = default_training(
+        training_given,
+        adapter=adapter,
+        early_stopping="early_stopping_patience" in given,
+        lengths_differ=given.get("rows") == "line"
+        or bool(given.get("line_by_line") or given.get("max_tokens_per_batch")),
+    )
     values |= found.values | ours
     sources |= why
     if values["line_by_line"] and "rows" not in given:
@@ -293,6 +299,8 @@ def describe_help(groups: Sequence[Group] = GROUPS) -> str:
             defaults[row.name] = f"{row.value} for an adapter, else {argument_fields()[row.name].default}"
         elif row.when == "early_stopping":
             defaults[row.name] = f"{str(row.value).lower()} with early_stopping_patience"
+        elif row.when == "lengths_differ":
+            defaults[row.name] = f"{row.value} with rows line or max_tokens_per_batch, else random"
     return render_help(groups, defaults)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -36,8 +37,10 @@ from transformers.utils import is_liger_kernel_available
 from peft_mlm.adapter import save_adapter
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import write_base_recipe
+from peft_mlm.batching import LengthBatches, row_lengths
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.fingerprint import write_fingerprint
+from peft_mlm.gathered_head import base_of, find_door
 from peft_mlm.metrics import MaskedScores, evaluate_masked_lm, masked_lm_loss
 from peft_mlm.run_folder import RunFolder, append_jsonl
 
@@ -92,10 +95,8 @@ def scores_of(
     Returns:
         Sums over all rows (over all processes, where several run).
     """
-    lengths = rows.data.column("input_ids").combine_chunks().value_lengths() if rows._indices is None else None
-    sizes = lengths.to_numpy() if lengths is not None else [len(row) for row in rows["input_ids"]]
-    order = sorted(range(len(rows)), key=lambda index: (-sizes[index], index))
-    own = order[arguments.process_index :: arguments.world_size]
+    order = np.argsort(-row_lengths(rows), kind="stable")
+    own = order[arguments.process_index :: arguments.world_size].tolist()
     batches = DataLoader(
         Subset(rows, own),
         batch_size=arguments.per_device_eval_batch_size,
@@ -103,7 +104,8 @@ def scores_of(
         num_workers=arguments.dataloader_num_workers,
     )
     bar = tqdm(batches, desc=label, file=sys.stderr, leave=False, disable=not show_progress(arguments), unit="batch")
-    return evaluate_masked_lm(model, bar, device=arguments.device, autocast=_autocast(arguments))
+    door = find_door(base_of(model))
+    return evaluate_masked_lm(model, bar, device=arguments.device, autocast=_autocast(arguments), door=door)
 
 
 def device_name(device: torch.device) -> str:
@@ -131,6 +133,7 @@ class MaskedLMTrainer(Trainer):
         save: Writes the model (or its adapter) into a folder.
         run: The run folder whose metrics.jsonl gets every log.
         early_stopping: Patience in evaluations and threshold, or None.
+        max_tokens: Tokens per training batch at most, in place of a number of rows.
         **options: Trainer's own arguments; `data_collator` makes the training batches.
 
     Raises:
@@ -144,6 +147,7 @@ class MaskedLMTrainer(Trainer):
         save: Callable[[torch.nn.Module, Path], None],
         run: RunFolder,
         early_stopping: tuple[int, float] | None = None,
+        max_tokens: int | None = None,
         **options: Any,
     ) -> None:
         try:
@@ -156,16 +160,46 @@ class MaskedLMTrainer(Trainer):
             raise ArgumentsError(f"transformers refuses these training arguments: {error}") from error
         self.eval_collator = eval_collator
         self.save_into = save
+        self.max_tokens = max_tokens
+        # A compiled model would be compiled anew for each number of masked tokens.
+        self.door = None if self.args.torch_compile else find_door(self.model)
         # Trainer then counts the masked tokens of all micro-batches of a step, which `compute_loss` divides by.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(_MaskEpoch(self.data_collator))
+        self.add_callback(_EpochOf(self.data_collator))
         self.add_callback(_MetricsFile(run))
         self.add_callback(_Progress())
         if early_stopping is not None:
             self.add_callback(EarlyStoppingCallback(*early_stopping))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of rows of like length where asked for (`train_sampling_strategy` group_by_length), else Trainer's.
+
+        Several processes need batches of one size, which Trainer's own sampler gives.
+        """
+        arguments = self.args
+        if arguments.train_sampling_strategy != "group_by_length" or arguments.world_size > 1:
+            return super().get_train_dataloader()
+        batches = LengthBatches(
+            row_lengths(self.train_dataset),
+            batch_size=self._train_batch_size,
+            max_tokens=self.max_tokens,
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+        )
+        self.add_callback(_EpochOf(batches))
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            persistent_workers=arguments.dataloader_persistent_workers,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
 
     def compute_loss(
         self,
@@ -176,12 +210,12 @@ class MaskedLMTrainer(Trainer):
     ) -> Any:
         """Sum of the cross-entropies / masked tokens of the whole accumulated batch (of all processes)."""
         labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        loss = masked_lm_loss(outputs.logits, labels, num_items_in_batch, self.args.label_smoothing_factor)
+        smoothing = self.args.label_smoothing_factor
+        loss = masked_lm_loss(model, inputs, labels, num_items_in_batch, label_smoothing=smoothing, door=self.door)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # Processes average their gradients; dividing by the count of all of them asks for the sum.
             loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        return (loss, None) if return_outputs else loss
 
     def evaluate(
         self,
@@ -248,16 +282,16 @@ def saver(
     return save
 
 
-class _MaskEpoch(TrainerCallback):
-    """Tells the training collator the epoch, which its masks depend on; a resumed run gets the same ones."""
+class _EpochOf(TrainerCallback):
+    """Tells masks or batches the epoch, which they depend on; a resumed run gets the same ones."""
 
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
+    def __init__(self, dependent: Any) -> None:
+        self.dependent = dependent
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.collator.set_epoch(int(state.epoch or 0))
+        self.dependent.set_epoch(int(state.epoch or 0))
 
 
 class _MetricsFile(TrainerCallback):

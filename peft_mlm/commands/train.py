@@ -261,6 +261,7 @@ def _build_trainer(
             fingerprint=base.fingerprint,
         ),
         run=run,
+        max_tokens=data.max_tokens_per_batch,
         early_stopping=None if patience is None else (patience, data.early_stopping_threshold),
     )
 
