@@ -15,6 +15,7 @@ from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import base_recipe, with_base_recipe
 from peft_mlm.config import Arguments
 from peft_mlm.data_passes import DataPass
+from peft_mlm.dropout import turn_off_dropout
 from peft_mlm.errors import AdapterError
 from peft_mlm.initialization import Matrices, initialise, reopen, start_of
 from peft_mlm.loading import check_base, find_adapter
@@ -134,6 +135,8 @@ def adapt(
                 "adapter beside them, or give its float checkpoint."
             )
         return Adapted(base.model)
+    if not peft.base_dropout:
+        turn_off_dropout(base.model)
     if adapter is not None:
         check_base(adapter, base, remedy="Give the right one by model_name_or_path.")
         _check_tokenizer(base, adapter)

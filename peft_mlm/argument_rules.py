@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from peft_mlm.argument_types import show
 
-When = Literal["always", "adapter", "eval_by_steps", "early_stopping"]
+When = Literal["always", "adapter", "eval_by_steps", "early_stopping", "lengths_differ"]
 
 
 class TrainingDefault(NamedTuple):
@@ -25,6 +25,7 @@ TRAINING_DEFAULTS = (
     TrainingDefault("eval_steps", 0.2, "eval_by_steps", "five evaluations, however long the run"),
     TrainingDefault("logging_steps", 0.02, "always", "fifty points on the loss curve, however long the run"),
     TrainingDefault("report_to", "none", "always", "nothing leaves the machine unless asked for"),
+    TrainingDefault("train_sampling_strategy", "group_by_length", "lengths_differ", "little of a batch is padding"),
     TrainingDefault("learning_rate", 3e-4, "adapter", "few, fresh parameters take larger steps than a trained model"),
     TrainingDefault("load_best_model_at_end", True, "early_stopping", "one stops early to have the best, not the last"),
     TrainingDefault("metric_for_best_model", "eval_loss", "early_stopping", "early stopping needs a metric by name"),
@@ -36,6 +37,7 @@ WHEN_TEXT: dict[When, str] = {
     "adapter": "default for an adapter",
     "eval_by_steps": "default",
     "early_stopping": "default for early stopping",
+    "lengths_differ": "default for rows of different lengths",
 }
 
 # An argument that overrides others of a source before it: so a file that gives a whole adapter can be used with
@@ -66,7 +68,7 @@ SETS_ASIDE: dict[str, tuple[str, ...]] = {
     "adapter_name_or_path": _SHAPE,
     "peft_method": ("use_lora", "peft_config", *_LORA_ALONE),
     "peft_method lora": ("peft_config",),
-    "no use_lora": (*_SHAPE, "adapter_name_or_path"),
+    "no use_lora": (*_SHAPE, "adapter_name_or_path", "base_dropout"),
     "dataset_name": ("train_file", "validation_file", "dataset_config_name", "dataset_revision"),
     "train_file": ("dataset_name", "dataset_config_name", "dataset_revision"),
     "load_in_4bit": ("load_in_8bit", "llm_int8_threshold"),
@@ -82,7 +84,7 @@ NOT_RECORDED = frozenset(
 
 
 def default_training(
-    given: Mapping[str, Any], *, adapter: bool, early_stopping: bool
+    given: Mapping[str, Any], *, adapter: bool, early_stopping: bool, lengths_differ: bool
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Choose our defaults for training arguments that were not given.
 
@@ -90,6 +92,7 @@ def default_training(
         given: Training arguments that were given, None where a file says null.
         adapter: Whether an adapter is trained.
         early_stopping: Whether a patience was given.
+        lengths_differ: Whether rows are single texts, or batches are measured in tokens.
 
     Returns:
         Values by name, and for each where it comes from.
@@ -105,6 +108,7 @@ def default_training(
         "adapter": adapter,
         "eval_by_steps": strategy == "steps",
         "early_stopping": early_stopping,
+        "lengths_differ": lengths_differ,
     }
     for row in TRAINING_DEFAULTS:
         if holds[row.when] and row.name not in told and row.name not in values:
@@ -155,6 +159,7 @@ RANGES: dict[str, Range] = {
     "preprocessing_num_workers": _COUNT,
     "max_train_samples": _COUNT,
     "max_eval_samples": _COUNT,
+    "max_tokens_per_batch": _COUNT,
     "max_seq_length": _COUNT,
     "mlm_probability": Range(low=0, high=1, open_low=True, open_high=False),
     "mask_replace_prob": _SHARE,
@@ -311,6 +316,11 @@ def _check_data(values: Mapping[str, Any], given: Collection[str], for_training:
             faults.append(f"{name} is given without dataset_name: name the data set too, or leave it out.")
     if values["line_by_line"] and values["rows"] != "line":
         faults.append(f"line_by_line is the same as rows line, but rows is {values['rows']}: leave one of the two out.")
+    if values.get("max_tokens_per_batch") and values.get("train_sampling_strategy") != "group_by_length":
+        faults.append(
+            f"max_tokens_per_batch puts rows of like length together, but train_sampling_strategy is "
+            f"{values['train_sampling_strategy']}: leave one of the two out."
+        )
     if values["streaming"]:
         faults.append(
             "streaming is not supported: the text is memory-mapped from disk, so that it need not fit in memory. Leave "

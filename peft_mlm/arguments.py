@@ -156,6 +156,13 @@ class DataTrainingArguments:
         default=None,
         metadata={"help": "Tokens per row, special tokens included; else what the model holds, at most 1024."},
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per training batch at most, padding included, in place of a number of rows: short rows "
+            "then come in larger batches."
+        },
+    )
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad every row to max_seq_length, not to the longest of its batch."}
     )
@@ -223,6 +230,13 @@ class PEFTArguments:
         metadata={
             "help": "How LoRA's matrices start: true (as the base), gaussian, orthogonal, pissa, pissa_niter_16, "
             "olora, mica, loftq (4 bits); by a pass over the training text: eva, corda, lora_ga; false (at random)."
+        },
+    )
+    base_dropout: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the base's own dropout while the adapter trains. Off, a step is faster; lora_dropout is the "
+            "adapter's own."
         },
     )
     loraplus_lr_ratio: float | None = field(

@@ -16,17 +16,17 @@ def show_progress(arguments: TrainingArguments) -> bool:
     return sys.stderr.isatty() and arguments.process_index == 0
 
 
-class MaskEpoch(TrainerCallback):
-    """Tells the training collator the epoch, which its masks depend on; a resumed run gets the same ones."""
+class EpochOf(TrainerCallback):
+    """Tells masks or batches the epoch, which they depend on; a resumed run gets the same ones."""
 
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
+    def __init__(self, dependent: Any) -> None:
+        self.dependent = dependent
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Pass the epoch on."""
-        self.collator.set_epoch(int(state.epoch or 0))
+        self.dependent.set_epoch(int(state.epoch or 0))
 
 
 class MetricsFile(TrainerCallback):

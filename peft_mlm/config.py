@@ -255,7 +255,13 @@ def _resolve(found: _Findings, *, for_training: bool) -> Arguments:
     training_given = {name: value for name, value in found.values.items() if fields[name].group == "training"}
     new_adapter = given.get("use_lora", False) or "peft_method" in given
     adapter = new_adapter or "adapter_name_or_path" in given
-    ours, why = default_training(training_given, adapter=adapter, early_stopping="early_stopping_patience" in given)
+    ours, why = default_training(
+        training_given,
+        adapter=adapter,
+        early_stopping="early_stopping_patience" in given,
+        lengths_differ=given.get("rows") == "line"
+        or bool(given.get("line_by_line") or given.get("max_tokens_per_batch")),
+    )
     values |= found.values | ours
     sources |= why
     if values["line_by_line"] and "rows" not in given:
@@ -310,6 +316,8 @@ def describe_help(groups: Sequence[Group] = GROUPS) -> str:
             defaults[row.name] = f"{row.value} for an adapter, else {argument_fields()[row.name].default}"
         elif row.when == "early_stopping":
             defaults[row.name] = f"{str(row.value).lower()} with early_stopping_patience"
+        elif row.when == "lengths_differ":
+            defaults[row.name] = f"{row.value} with rows line or max_tokens_per_batch, else random"
     return render_help(groups, defaults)
 
 
@@ -352,7 +360,7 @@ def _record(arguments: Arguments, group: Group) -> dict[str, Any]:
         values = {name: value for name, value in values.items() if name not in idle_options(values)}
     if group == "peft" and values.get("adapter_name_or_path"):
         # The adapter brings the rest.
-        values = {name: values[name] for name in ("use_lora", "adapter_name_or_path")}
+        values = {name: values[name] for name in ("use_lora", "adapter_name_or_path", "base_dropout")}
     elif group == "peft" and values.get("peft_method") not in (None, "lora"):
         values = {name: value for name, value in values.items() if name not in (*LORA_FLAGS, *LORA_OPTIMISERS)}
     return {name: value for name, value in values.items() if value is not None and name not in SECRETS}

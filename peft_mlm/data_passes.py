@@ -83,7 +83,7 @@ def leave_gradients(model: PreTrainedModel, config: Any, data: DataPass) -> None
             model.eval()  # preprocess_loraga has just switched dropout on
             for batch in batches:
                 labels = batch.pop("labels")
-                masked_lm_loss(model(**batch).logits, labels).backward()
+                masked_lm_loss(model, batch, labels).backward()
 
         preprocess_loraga(model, config, run)
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ import torch.distributed
 from torch import nn
 from torch.nn import functional
 
-IGNORE_INDEX = -100
+from peft_mlm.collator import IGNORE_INDEX
+from peft_mlm.gathered_head import sum_over_masked
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,29 @@ class MaskedScores:
         }
 
 
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Sum the cross-entropies of some masked positions.
+
+    Args:
+        logits: (n, V), any float type; the sum is computed in float32 (float64 stays).
+        targets: (n,), the right tokens.
+        label_smoothing: Share of the target spread over the vocabulary.
+
+    Returns:
+        A scalar, in nats; 0 for n = 0.
+    """
+    rows = _at_least_float32(logits)
+    return functional.cross_entropy(rows, targets, reduction="sum", label_smoothing=label_smoothing)
+
+
 def masked_lm_loss(
-    logits: torch.Tensor,
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
     labels: torch.Tensor,
     masked_in_batch: torch.Tensor | int | None = None,
+    *,
     label_smoothing: float = 0.0,
+    door: str | None = None,
 ) -> torch.Tensor:
     """Cross-entropy at the masked positions, divided by the masked tokens of the whole (accumulated) batch.
 
@@ -73,19 +93,20 @@ def masked_lm_loss(
     gradient of one large batch, however the masked tokens fall. Without a masked token the loss is 0, not nan.
 
     Args:
-        logits: (B, T, V), any float type; the loss is computed in float32 (float64 stays).
+        model: A masked LM, wrapped or not.
+        inputs: Its inputs, (B, T) each.
         labels: (B, T), `IGNORE_INDEX` off-mask.
         masked_in_batch: Masked tokens in all micro-batches of this optimiser step; those of `labels` if None.
         label_smoothing: Share of the target spread over the vocabulary.
+        door: Where the masked rows are picked before the head (`gathered_head.find_door`); None: after it.
 
     Returns:
         A scalar that carries gradients.
     """
-    chosen = labels != IGNORE_INDEX
-    rows = _at_least_float32(logits[chosen])
-    total = functional.cross_entropy(rows, labels[chosen], reduction="sum", label_smoothing=label_smoothing)
-    count = chosen.sum() if masked_in_batch is None else torch.as_tensor(masked_in_batch, device=logits.device)
-    return total / count.reshape(-1)[0].clamp(min=1)
+    function = partial(cross_entropy_sum, label_smoothing=label_smoothing)
+    total = sum_over_masked(model, inputs, labels, function, door=door)
+    masked = (labels != IGNORE_INDEX).sum() if masked_in_batch is None else masked_in_batch
+    return total / torch.as_tensor(masked, device=total.device).reshape(-1)[0].clamp(min=1)
 
 
 @torch.no_grad()
@@ -95,6 +116,7 @@ def evaluate_masked_lm(
     *,
     device: torch.device,
     autocast: Callable[[], Any] = contextlib.nullcontext,
+    door: str | None = None,
 ) -> MaskedScores:
     """Sum loss and hits over the masked positions of all batches.
 
@@ -106,6 +128,7 @@ def evaluate_masked_lm(
         batches: Dicts with `input_ids`, `attention_mask` and `labels`, each (B, T).
         device: Where the model is.
         autocast: Makes a context manager for the forward pass, such as mixed precision.
+        door: Where the masked rows are picked before the head (`gathered_head.find_door`); None: after it.
 
     Returns:
         The sums.
@@ -118,12 +141,7 @@ def evaluate_masked_lm(
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             labels = inputs.pop("labels")
             with autocast():
-                logits = model(**inputs).logits
-            chosen = labels != IGNORE_INDEX
-            rows, targets = _at_least_float32(logits[chosen]), labels[chosen]
-            losses = functional.cross_entropy(rows, targets, reduction="none").cpu()
-            hits = (rows.argmax(dim=-1) == targets).sum()
-            sums += torch.tensor([losses.double().sum(), hits, targets.numel()], dtype=torch.float64)
+                sums += sum_over_masked(model, inputs, labels, _scores, door=door)
     finally:
         model.train(was_training)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -131,6 +149,14 @@ def evaluate_masked_lm(
         torch.distributed.all_reduce(everyone)
         sums = everyone.cpu()
     return MaskedScores(float(sums[0]), int(sums[1]), int(sums[2]))
+
+
+def _scores(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the losses (float64), right predictions and positions, (3,), on the CPU."""
+    rows = _at_least_float32(logits)
+    losses = functional.cross_entropy(rows, targets, reduction="none").double().sum()
+    hits = (rows.argmax(dim=-1) == targets).sum()
+    return torch.stack([losses.cpu(), hits.cpu().double(), torch.tensor(float(len(targets)), dtype=torch.float64)])
 
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:

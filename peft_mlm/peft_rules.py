@@ -107,7 +107,9 @@ def check_shape(given: Collection[str], peft_names: Collection[str], *, wanted: 
     Returns:
         One sentence per fault.
     """
-    asks = ("use_lora", "adapter_name_or_path") if not wanted else ("use_lora", "adapter_name_or_path", "peft_method")
+    asks = ["use_lora", "adapter_name_or_path"]
+    asks += ["peft_method"] if wanted else []
+    asks += ["base_dropout"] if "adapter_name_or_path" in given else []
     shape = [name for name in peft_names if name in given and name not in asks]
     if "adapter_name_or_path" in given and "peft_method" in given:
         shape = ["peft_method", *(name for name in shape if name != "peft_method")]

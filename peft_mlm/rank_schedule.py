@@ -104,12 +104,13 @@ def check_rank_schedule(config: Any, steps: int) -> None:
         )
 
 
-def planned_steps(rows: int, arguments: TrainingArguments) -> int:
+def planned_steps(rows: int, arguments: TrainingArguments, *, batches: int | None = None) -> int:
     """Count the optimiser steps of a run, as Trainer does.
 
     Args:
         rows: Rows to train on.
         arguments: Batch size, accumulation, epochs or steps, processes.
+        batches: Batches per epoch, where they are not of a number of rows.
 
     Returns:
         The number of steps.
@@ -118,7 +119,8 @@ def planned_steps(rows: int, arguments: TrainingArguments) -> int:
         return int(arguments.max_steps)
     size, processes = arguments.train_batch_size, arguments.world_size
     drops = arguments.dataloader_drop_last
-    batches = rows // size // processes if drops else math.ceil(math.ceil(rows / size) / processes)
+    if batches is None:
+        batches = rows // size // processes if drops else math.ceil(math.ceil(rows / size) / processes)
     return math.ceil(arguments.num_train_epochs * max(math.ceil(batches / arguments.gradient_accumulation_steps), 1))
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -35,9 +36,11 @@ from transformers.utils import is_liger_kernel_available
 from peft_mlm.adapter import save_adapter
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import write_base_recipe
-from peft_mlm.callbacks import MaskEpoch, MetricsFile, Progress, show_progress
+from peft_mlm.batching import LengthBatches, row_lengths
+from peft_mlm.callbacks import EpochOf, MetricsFile, Progress, show_progress
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.fingerprint import write_fingerprint
+from peft_mlm.gathered_head import base_of, find_door
 from peft_mlm.initialization import Matrices, rewrite_for_untouched_base
 from peft_mlm.metrics import MaskedScores, evaluate_masked_lm, masked_lm_loss
 from peft_mlm.optimizers import check_lorafa, check_loraplus, lorafa_optimizer, loraplus_optimizer
@@ -103,10 +106,8 @@ def scores_of(
     Returns:
         Sums over all rows (over all processes, where several run).
     """
-    lengths = rows.data.column("input_ids").combine_chunks().value_lengths() if rows._indices is None else None
-    sizes = lengths.to_numpy() if lengths is not None else [len(row) for row in rows["input_ids"]]
-    order = sorted(range(len(rows)), key=lambda index: (-sizes[index], index))
-    own = order[arguments.process_index :: arguments.world_size]
+    order = np.argsort(-row_lengths(rows), kind="stable")
+    own = order[arguments.process_index :: arguments.world_size].tolist()
     batches = DataLoader(
         Subset(rows, own),
         batch_size=arguments.per_device_eval_batch_size,
@@ -114,7 +115,8 @@ def scores_of(
         num_workers=arguments.dataloader_num_workers,
     )
     bar = tqdm(batches, desc=label, file=sys.stderr, leave=False, disable=not show_progress(arguments), unit="batch")
-    return evaluate_masked_lm(model, bar, device=arguments.device, autocast=_autocast(arguments))
+    door = find_door(base_of(model))
+    return evaluate_masked_lm(model, bar, device=arguments.device, autocast=_autocast(arguments), door=door)
 
 
 def device_name(device: torch.device) -> str:
@@ -140,6 +142,7 @@ class MaskedLMTrainer(Trainer):
         loraplus_lr_ratio: Learning rate of LoRA's B matrices as a multiple of the others' (LoRA+), or None.
         use_lorafa: Whether to train by LoRA-FA's optimiser.
         initial: (A0, B0) by layer, where their product was taken out of the base; `save` must have the same.
+        max_tokens: Tokens per training batch at most, in place of a number of rows.
         **options: Trainer's own arguments; `data_collator` makes the training batches.
 
     Raises:
@@ -157,6 +160,7 @@ class MaskedLMTrainer(Trainer):
         loraplus_lr_ratio: float | None = None,
         use_lorafa: bool = False,
         initial: Mapping[str, Matrices] | None = None,
+        max_tokens: int | None = None,
         **options: Any,
     ) -> None:
         try:
@@ -177,12 +181,15 @@ class MaskedLMTrainer(Trainer):
         self.initial = dict(initial or {})
         self.eval_collator = eval_collator
         self.save_into = save
+        self.max_tokens = max_tokens
+        # A compiled model would be compiled anew for each number of masked tokens.
+        self.door = None if self.args.torch_compile else find_door(self.model)
         # Trainer then counts the masked tokens of all micro-batches of a step, which `compute_loss` divides by.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(MaskEpoch(self.data_collator))
+        self.add_callback(EpochOf(self.data_collator))
         self.add_callback(MetricsFile(run))
         self.add_callback(Progress())
         self.schedule = RankSchedule() if has_rank_schedule(self.model) else None
@@ -196,6 +203,38 @@ class MaskedLMTrainer(Trainer):
         if early_stopping is not None:
             self.add_callback(EarlyStoppingCallback(*early_stopping))
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of rows of like length where asked for (`train_sampling_strategy` group_by_length), else Trainer's.
+
+        Several processes need batches of one size, which Trainer's own sampler gives.
+        """
+        arguments = self.args
+        if self.max_tokens is not None and arguments.world_size > 1:
+            raise ArgumentsError(
+                "max_tokens_per_batch makes batches of different sizes, which several processes cannot share evenly: "
+                "leave it out, or train with one process."
+            )
+        if arguments.train_sampling_strategy != "group_by_length" or arguments.world_size > 1:
+            return super().get_train_dataloader()
+        batches = LengthBatches(
+            row_lengths(self.train_dataset),
+            batch_size=self._train_batch_size,
+            max_tokens=self.max_tokens,
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+        )
+        self.add_callback(EpochOf(batches))
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            persistent_workers=arguments.dataloader_persistent_workers,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -205,15 +244,15 @@ class MaskedLMTrainer(Trainer):
     ) -> Any:
         """Sum of the cross-entropies / masked tokens of the whole accumulated batch (of all processes)."""
         labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        loss = masked_lm_loss(outputs.logits, labels, num_items_in_batch, self.args.label_smoothing_factor)
+        smoothing = self.args.label_smoothing_factor
+        loss = masked_lm_loss(model, inputs, labels, num_items_in_batch, label_smoothing=smoothing, door=self.door)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # Processes average their gradients; dividing by the count of all of them asks for the sum.
             loss = loss * self.accelerator.num_processes
         if model.training and self.accelerator.sync_gradients:  # once per optimiser step, in its last micro-batch
             penalty = orthogonal_penalty(self.model)
             loss = loss if penalty is None else loss + penalty
-        return (loss, outputs) if return_outputs else loss
+        return (loss, None) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimiser: Trainer's, or that of LoRA+ or LoRA-FA."""

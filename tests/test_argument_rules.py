@@ -88,11 +88,12 @@ def test_without_steps_no_number_of_steps_is_made_up():
 @pytest.mark.parametrize("early_stopping", [False, True])
 def test_what_is_given_is_never_replaced(adapter, early_stopping):
     given = {row.name: "given" for row in TRAINING_DEFAULTS} | dict.fromkeys(FOLLOWERS, "given")
-    assert default_training(given, adapter=adapter, early_stopping=early_stopping) == ({}, {})
+    assert default_training(given, adapter=adapter, early_stopping=early_stopping, lengths_differ=True) == ({}, {})
 
 
 # Name: values at the edges that are right, values that are wrong.
 EDGES = {
+    "max_tokens_per_batch": ([1], [0, -1]),
     "validation_split_percentage": ([0.1, 99.9], [0, 100, -1]),
     "validation_split_seed": ([0], [-1, 2**32]),
     "preprocessing_num_workers": ([1], [0]),

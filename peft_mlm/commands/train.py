@@ -187,7 +187,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
         arguments,
         adapter,
         data=DataPass(rows, collators[0], training.per_device_train_batch_size, training.seed, training.device),
-        total_steps=planned_steps(len(rows), training),
+        total_steps=planned_steps(len(rows), training, batches=_batches_of_tokens(arguments, rows, training)),
         checkpoint=checkpoint,
     )
     _tell((*base.notices, *corpus.notices, *adapted.notices))
@@ -294,6 +294,16 @@ def _with_token_lists(arguments: Arguments) -> Arguments:
     return replace(arguments, model=replace(model, **lists))
 
 
+def _batches_of_tokens(arguments: Arguments, rows: Any, training: Any) -> int | None:
+    """Count the batches of an epoch where they are measured in tokens."""
+    from peft_mlm.batching import LengthBatches, row_lengths
+
+    most = arguments.data.max_tokens_per_batch
+    if most is None:
+        return None
+    return len(LengthBatches(row_lengths(rows), batch_size=training.train_batch_size, max_tokens=most))
+
+
 def _build_trainer(
     arguments: Arguments,
     run: RunFolder,
@@ -326,6 +336,7 @@ def _build_trainer(
             initial=adapted.initial,
         ),
         run=run,
+        max_tokens=data.max_tokens_per_batch,
         early_stopping=None if patience is None else (patience, data.early_stopping_threshold),
         loraplus_lr_ratio=None if peft is None else peft.loraplus_lr_ratio,
         use_lorafa=peft is not None and peft.use_lorafa,

@@ -1,0 +1,93 @@
+"""Which rows go into one batch: rows of like length, so that little is padded, in another order each epoch.
+
+Rows are put into buckets by their length, shuffled within each, and cut into batches; what is left over in the buckets
+is batched from the longest to the shortest. The number of batches is the same in every epoch, which the learning-rate
+schedule counts on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+# Lengths are rounded up to a multiple of this: at most 7 tokens of a row are padding, and few shapes occur.
+BUCKET_TOKENS = 8
+
+Indices = npt.NDArray[np.int64]
+
+
+def row_lengths(rows: Dataset) -> Indices:
+    """Give the number of tokens of each row.
+
+    Args:
+        rows: With `input_ids`.
+
+    Returns:
+        Lengths, (rows,).
+    """
+    if rows._indices is None:
+        lengths = rows.data.column("input_ids").combine_chunks().value_lengths()
+        return np.asarray(lengths.to_numpy(zero_copy_only=False), np.int64)
+    return np.fromiter((len(ids) for ids in rows["input_ids"]), np.int64, len(rows))
+
+
+class LengthBatches(Sampler[list[int]]):
+    """Batches of row numbers, by length.
+
+    Args:
+        lengths: Tokens per row, (rows,).
+        batch_size: Rows per batch at most.
+        max_tokens: Tokens per batch at most, padding included, in place of `batch_size`; a longer row is a batch of
+            its own.
+        seed: Decides, with the epoch, which rows meet and in which order.
+    """
+
+    def __init__(
+        self, lengths: npt.ArrayLike, *, batch_size: int, max_tokens: int | None = None, seed: int = 0
+    ) -> None:
+        self.lengths = np.asarray(lengths, np.int64)
+        self.batch_size, self.max_tokens, self.seed = batch_size, max_tokens, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order: that of the epoch with this number, from 0."""
+        self.batches = self._make(np.random.default_rng([self.seed, epoch]))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield batch.tolist()
+
+    def _make(self, chance: np.random.Generator) -> list[Indices]:
+        shuffled = chance.permutation(len(self.lengths))
+        buckets = -(-self.lengths[shuffled] // BUCKET_TOKENS) * BUCKET_TOKENS
+        full: list[Indices] = []
+        left: list[Indices] = []
+        for bucket in np.unique(buckets)[::-1]:
+            rows, size = shuffled[buckets == bucket], self._rows_of(int(bucket))
+            whole = len(rows) // size * size
+            full += list(rows[:whole].reshape(-1, size))
+            left.append(rows[whole:])
+        batches = full + self._cut(np.concatenate(left) if left else shuffled)
+        # The longest first: what does not fit into memory fails at once.
+        longest = max(range(len(batches)), key=lambda number: int(self.lengths[batches[number]].max()), default=0)
+        order = [longest, *(number for number in chance.permutation(len(batches)) if number != longest)]
+        return [batches[number] for number in order] if batches else []
+
+    def _rows_of(self, tokens: int) -> int:
+        return self.batch_size if self.max_tokens is None else max(1, self.max_tokens // tokens)
+
+    def _cut(self, rows: Indices) -> list[Indices]:
+        """Cut rows that go from the longest bucket to the shortest; the first of a batch decides its size."""
+        batches = []
+        while len(rows):
+            tokens = -(-int(self.lengths[rows[0]]) // BUCKET_TOKENS) * BUCKET_TOKENS
+            batches.append(rows[: self._rows_of(tokens)])
+            rows = rows[len(batches[-1]) :]
+        return batches

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_mlm.batching import BUCKET_TOKENS, LengthBatches
+
+LENGTHS = st.lists(st.integers(1, 130), max_size=150)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=LENGTHS, batch_size=st.integers(1, 40), max_tokens=st.none() | st.integers(1, 500))
+def test_every_row_is_in_exactly_one_batch_and_their_number_is_that_of_every_epoch(lengths, batch_size, max_tokens):
+    batches = LengthBatches(lengths, batch_size=batch_size, max_tokens=max_tokens, seed=1)
+    count = len(batches)
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        made = list(batches)
+        assert sorted(row for batch in made for row in batch) == list(range(len(lengths)))
+        assert len(made) == len(batches) == count
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=LENGTHS, batch_size=st.integers(1, 40))
+def test_no_batch_is_larger_than_asked_and_at_least_as_many_are_full_as_can_be(lengths, batch_size):
+    sizes = [len(batch) for batch in LengthBatches(lengths, batch_size=batch_size)]
+    assert all(size <= batch_size for size in sizes)
+    assert len(sizes) == -(-len(lengths) // batch_size)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=LENGTHS, max_tokens=st.integers(8, 500))
+def test_padded_tokens_stay_below_the_limit_unless_one_row_is_longer(lengths, max_tokens):
+    for batch in LengthBatches(lengths, batch_size=4, max_tokens=max_tokens):
+        longest = max(lengths[row] for row in batch)
+        assert longest * len(batch) <= max_tokens or len(batch) == 1
+
+
+def test_the_longest_row_comes_first_and_little_is_padded():
+    lengths = np.random.default_rng(0).integers(5, 128, size=5000)
+    batches = list(LengthBatches(lengths, batch_size=32))
+    assert lengths.max() in lengths[batches[0]]
+    padded = sum(lengths[batch].max() * len(batch) for batch in batches)
+    assert padded / lengths.sum() < 1.06
+    in_order = lengths.reshape(-1, 50).max(axis=1).sum() * 50  # batches of rows as they come
+    assert in_order / lengths.sum() > 1.8
+
+
+def test_an_epoch_is_repeatable_and_another_one_has_other_batches():
+    lengths = np.random.default_rng(0).integers(5, 60, size=400)
+
+    def batches(seed: int, epoch: int) -> list[tuple[int, ...]]:
+        sampler = LengthBatches(lengths, batch_size=8, seed=seed)
+        sampler.set_epoch(epoch)
+        return [tuple(batch) for batch in sampler]
+
+    assert batches(0, 3) == batches(0, 3)
+    assert len(set(batches(0, 0)) & set(batches(0, 1))) < 3
+    assert len(set(batches(0, 0)) & set(batches(1, 0))) < 3
+
+
+def test_rows_meet_others_of_their_length_in_each_epoch():
+    sampler = LengthBatches([BUCKET_TOKENS] * 64, batch_size=8)
+    met: set[int] = set()
+    for epoch in range(30):
+        sampler.set_epoch(epoch)
+        met |= {row for batch in sampler if 0 in batch for row in batch}
+    assert len(met) == pytest.approx(64, abs=4)
