@@ -21,7 +21,6 @@ import torch
 from datasets import Dataset
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 from peft.tuners.lora.eva import get_eva_state_dict
-from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.tuners_utils import check_target_module_exists as is_target
 from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
@@ -71,21 +70,30 @@ class DataPass:
 def leave_gradients(model: PreTrainedModel, config: Any, data: DataPass) -> None:
     """Leave on each target layer the mean gradient of the loss over the batches (LoRA-GA).
 
+    PEFT's own preprocessing hooks each layer's output, which models that change it in place do not bear, and switches
+    dropout on.
+
     Args:
         model: The base, without adapter.
         config: PEFT's LoRA configuration; `lora_ga_config` is filled in where it is missing.
         data: The batches.
     """
     config.lora_ga_config = config.lora_ga_config or LoraGAConfig()
+    layers = [module for name, module in model.named_modules() if is_target(config, name)]
+    needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with _pass_over(model, data) as batches:
-
-        def run() -> None:
-            model.eval()  # preprocess_loraga has just switched dropout on
-            for batch in batches:
-                labels = batch.pop("labels")
-                masked_lm_loss(model, batch, labels).backward()
-
-        preprocess_loraga(model, config, run)
+        model.requires_grad_(False)
+        for layer in layers:
+            layer.weight.requires_grad_(True)
+        for batch in batches:
+            labels = batch.pop("labels")
+            torch.autograd.backward(masked_lm_loss(model, batch, labels))
+    for layer in layers:
+        if layer.weight.grad is not None:
+            layer._peft_loraga_grad = layer.weight.grad / len(batches)
+        layer.weight.grad = None
+    for parameter, was_needed in needed.items():
+        parameter.requires_grad_(was_needed)
 
 
 @torch.no_grad()
@@ -114,7 +122,6 @@ def leave_covariances(model: PreTrainedModel, config: Any, data: DataPass) -> No
         return hook
 
     with _pass_over(model, data) as batches:
-        model.eval()
         for batch in batches:
             real = batch["attention_mask"].bool()
             handles = [module.register_forward_pre_hook(watch(name, real)) for name, module in layers.items()]
@@ -190,6 +197,7 @@ def _pass_over(model: PreTrainedModel, data: DataPass) -> Iterator[list[dict[str
     try:
         with torch.random.fork_rng():
             torch.manual_seed(data.seed)
+            model.eval()
             yield data.load()
     finally:
         random.setstate(states[0])

@@ -26,7 +26,9 @@ from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from peft_mlm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Plan, wrap
 from peft_mlm.data_passes import DataPass, eva_directions, is_quantised, leave_covariances, leave_gradients
@@ -199,10 +201,16 @@ def check_start(start: str, model: PreTrainedModel, plan: Plan) -> None:
         plan: What the adapter will consist of.
 
     Raises:
-        AdapterError: The base is quantised, or of 16 bits, where its weights would have to be changed; it is not
-            quantised where the start needs that; or the rank is higher than that of a weight.
+        AdapterError: A layer is not linear; the base is quantised, or of 16 bits, where its weights would have to be
+            changed; it is not quantised where the start needs that; or the rank is higher than that of a weight.
     """
     layers = {name: module for name, module in model.named_modules() if name in plan.target_modules}
+    for name, module in layers.items():
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise AdapterError(
+                f"init_lora_weights {start} is for linear layers, and {name} is {type(module).__name__}. Leave it out "
+                "by lora_exclude_modules, or use init_lora_weights true."
+            )
     quantised = [name for name, module in layers.items() if is_quantised(module.weight)]
     if start == "loftq":
         if len(quantised) < len(layers):

@@ -19,6 +19,7 @@ from transformers import AutoModelForMaskedLM
 from peft_mlm.adapter import plan_adapter, save_adapter, wrap
 from peft_mlm.arguments import ModelArguments, PEFTArguments
 from peft_mlm.collator import from_tokenizer
+from peft_mlm.gathered_head import find_door
 from peft_mlm.loading import load_target, resolve_target
 from peft_mlm.merging import merge_adapter
 from peft_mlm.metrics import masked_lm_loss
@@ -169,11 +170,11 @@ def gradient_difference(ours: torch.nn.Module, theirs: torch.nn.Module, batches:
 def accumulate_ours(model: torch.nn.Module, batches: list[Batch]) -> None:
     """Our loss over micro-batches of three and five rows, one after the other."""
     batch = whole_batch(batches)
-    masked = (batch["labels"] != -100).sum()
+    masked, door = (batch["labels"] != -100).sum(), find_door(model)  # type: ignore[arg-type]
     for rows in (slice(0, 3), slice(3, None)):
         part = {name: tensor[rows] for name, tensor in batch.items()}
         labels = part.pop("labels")
-        masked_lm_loss(model(**part).logits, labels, masked).backward()  # type: ignore[no-untyped-call]
+        masked_lm_loss(model, part, labels, masked, door=door).backward()  # type: ignore[no-untyped-call]
 
 
 def plain_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -185,12 +186,13 @@ def plain_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 def train_ours(model: torch.nn.Module, batches: list[Batch]) -> None:
     """A few steps with our loss, dropout on."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    door = find_door(model)  # type: ignore[arg-type]
     model.train()
     for step in range(STEPS):
         torch.manual_seed(step)
         inputs = dict(batches[step % len(batches)])
         labels = inputs.pop("labels")
-        masked_lm_loss(model(**inputs).logits, labels).backward()  # type: ignore[no-untyped-call]
+        masked_lm_loss(model, inputs, labels, door=door).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
