@@ -34,6 +34,9 @@ test: $(VENV)/.installed-dev ## Run the tests
 bench: $(VENV)/.installed-dev ## Time training and preprocessing against run_mlm + peft (5 minutes)
 	$(BIN)/python benchmarks/against_run_mlm.py
 
+support: $(VENV)/.installed-dev ## Run every model type and every method, and write docs/support.md (10 minutes)
+	$(BIN)/python scripts/build_support_table.py
+
 quality: $(VENV)/.installed-dev ## Lint, format check, types, layers, docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,4 +48,4 @@ lock: | .uv ## Pin the newest versions that pyproject.toml allows
 	$(UV) pip compile --upgrade --universal --python-version 3.11 --no-header --no-annotate --quiet pyproject.toml -o requirements.lock
 	$(UV) pip compile --upgrade --universal --python-version 3.11 --no-header --no-annotate --quiet pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 
-.PHONY: help install demo test bench quality lock
+.PHONY: help install demo test bench support quality lock

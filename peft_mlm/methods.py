@@ -338,8 +338,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "asa": Variant(
         "AdaMSS with adaptive subspaces", "use_asa", paper="https://openreview.net/forum?id=8ZdWmpYxT0",
-        method="adamss",
-        refused="It needs a call after each step, which is not made here: nothing would be adapted. Leave it out.",
+        method="adamss", needs="a call after each step",
     ),
 }  # fmt: skip
 
