@@ -18,10 +18,11 @@ from peft_mlm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_fold
 from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import BASE_RECIPE, with_base_recipe
+from peft_mlm.checkpoint import load_outline
 from peft_mlm.config import Arguments, read_arguments
 from peft_mlm.errors import AdapterError, ArgumentsError, ModelError
 from peft_mlm.fingerprint import BASE_FINGERPRINT, changed_weights, misfits, read_fingerprint
-from peft_mlm.model import Base, load_base, load_outline, with_tokenizer_of
+from peft_mlm.model import Base, load_base, with_tokenizer_of
 from peft_mlm.quantization import dequantise
 from peft_mlm.run_folder import RunFolder, is_run_folder
 

@@ -1,19 +1,12 @@
-"""Base model and tokenizer: loaded from the hub or a folder, or made from scratch.
-
-What transformers does silently is looked at here: weights that the checkpoint does not hold are found and named, the
-vocabulary is made to fit the tokenizer, and the positions that a model really holds are counted.
-"""
+"""Base model and tokenizer: loaded from the hub or a folder, or made from scratch, and made to fit each other."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -22,20 +15,26 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
 
 from peft_mlm.arguments import ModelArguments
+from peft_mlm.checkpoint import (
+    attention_option,
+    check_model_type,
+    hub_commit,
+    hub_options,
+    load_config,
+    load_weights,
+    loading_of,
+    prepare_config,
+)
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
 from peft_mlm.fingerprint import base_fingerprint
-from peft_mlm.head_mapping import Renaming, describe_unused, open_checkpoint, rename_checkpoint
-from peft_mlm.model_checks import check_attention, check_config, check_dtype, notices_of
-from peft_mlm.model_types import MODEL_TYPES
-from peft_mlm.quantization import describe_quantisation, loading_options, prepare_quantised
+from peft_mlm.model_checks import notices_of
+from peft_mlm.quantization import describe_quantisation
 from peft_mlm.token_lists import read_token_list
 from peft_mlm.tokenizer import add_tokens
-from peft_mlm.untying import keep_apart, keep_ties_of_checkpoint, untie_embeddings
+from peft_mlm.untying import keep_apart, untie_embeddings
 from peft_mlm.vocabulary import fit_vocabulary, growth_code, vocabulary_rows, vocabulary_size
 
 NAMES_SHOWN = 8
@@ -92,10 +91,10 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
     if arguments.model_name_or_path is None:
         return _build_from_scratch(arguments)
     name = arguments.model_name_or_path
-    config = _prepare_config(_load_config(name, arguments), name, arguments)
-    revision = _hub_commit(name, arguments)
+    config = prepare_config(load_config(name, arguments), name, arguments)
+    revision = hub_commit(name, arguments)
     tokenizer = load_tokenizer(arguments)
-    model, renaming, fresh, notices = _load_complete(name, config, arguments)
+    model, renaming, fresh, notices = load_weights(name, config, arguments)
     base = Base(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -109,27 +108,6 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
     )
     base = _with_own_decoder(_with_new_tokens(base, arguments, may_grow=may_grow), arguments)
     return replace(base, quantisation=describe_quantisation(base.model))
-
-
-def load_outline(arguments: ModelArguments) -> PreTrainedModel | None:
-    """Build the base model without weights, to look at its modules and their shapes.
-
-    Args:
-        arguments: Names, revision, token.
-
-    Returns:
-        The model, its parameters on the meta device; None where it has code of its own.
-
-    Raises:
-        ModelError: There is no such model, or it is no masked LM.
-    """
-    if arguments.model_name_or_path is None or arguments.trust_remote_code:
-        return None
-    name = arguments.model_name_or_path
-    config = _prepare_config(_load_config(name, arguments), name, arguments)
-    with _loading("model", name), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForMaskedLM.from_config(config)
-    return model
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -148,9 +126,9 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     if name is None:
         raise ModelError("No tokenizer: give --tokenizer_name (a hub name or a folder).")
     revision = arguments.model_revision if name == arguments.model_name_or_path else None
-    with _loading("tokenizer", name):
+    with loading_of("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(
-            name, use_fast=arguments.use_fast_tokenizer, **_hub_options(arguments, revision)
+            name, use_fast=arguments.use_fast_tokenizer, **hub_options(arguments, revision)
         )
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # transformers makes an empty tokenizer where it finds no file
@@ -248,175 +226,6 @@ def published_name(name_or_path: str | None) -> str | None:
     return Path(name_or_path).expanduser().resolve().name if Path(name_or_path).expanduser().exists() else name_or_path
 
 
-def _hub_options(arguments: ModelArguments, revision: str | None) -> dict[str, Any]:
-    return {
-        "cache_dir": arguments.cache_dir,
-        "revision": revision or "main",
-        "token": arguments.token,
-        "trust_remote_code": arguments.trust_remote_code,
-    }
-
-
-@contextlib.contextmanager
-def _loading(what: str, name: str) -> Iterator[None]:
-    """Turn what from_pretrained raises for a wrong name or a broken folder into one sentence."""
-    path = Path(name).expanduser()
-    if path.exists() and not path.is_dir():
-        raise ModelError(f"{name} is a file: give the folder it lies in, or a hub name.")
-    if path.is_dir() and what == "model" and not (path / "config.json").is_file():
-        raise ModelError(f"The folder {name} has no config.json: it holds no model. Give the folder of a saved model.")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ModelError(f"There is no folder {name}. Give an existing folder, or a hub name such as org/model.")
-    try:
-        with quiet_transformers():
-            yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
-        if isinstance(error, ModelError):
-            raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        where = "in that folder" if path.is_dir() else "on the hub or in the cache"
-        raise ModelError(
-            f"Cannot load the {what} {name} {where}: {reason.rstrip('.')}. "
-            "Check the name; for a private model, log in with `hf auth login`."
-        ) from error
-
-
-def _load_config(name: str, arguments: ModelArguments) -> PreTrainedConfig:
-    with _loading("model", name):
-        return AutoConfig.from_pretrained(name, **_hub_options(arguments, arguments.model_revision))
-
-
-def _prepare_config(config: PreTrainedConfig, name: str, arguments: ModelArguments) -> PreTrainedConfig:
-    """Refuse what cannot serve, before weights are loaded, and set what its type needs."""
-    _check_model_type(config.model_type, name, arguments)
-    check_config(config.to_dict(), name=name)
-    check_attention(config.model_type, arguments.attn_implementation)
-    check_dtype(
-        config.model_type, str(config.dtype).removeprefix("torch.") if arguments.dtype == "auto" else arguments.dtype
-    )
-    if config.model_type in MODEL_TYPES:
-        config.update(dict(MODEL_TYPES[config.model_type].settings))
-    if config.model_type == "xmod" and config.default_language is None:
-        config.default_language = config.languages[0]  # the only one
-    return config
-
-
-def _check_model_type(model_type: str, name: str, arguments: ModelArguments) -> None:
-    if model_type not in MODEL_TYPES and not arguments.trust_remote_code:
-        usable = [name for name, row in MODEL_TYPES.items() if row.refusal is None]
-        raise ModelError(
-            f"{name} is of the type {model_type}, which transformers has no masked language model for. "
-            f"Types that can be adapted: {', '.join(usable)}."
-        )
-
-
-def _attention(arguments: ModelArguments) -> dict[str, str]:
-    """Name the attention code only where it was asked for: transformers chooses by itself."""
-    return {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
-
-
-def _hub_commit(name: str, arguments: ModelArguments) -> str | None:
-    """Give the commit that a name on the hub stood for; None for a folder."""
-    if Path(name).expanduser().exists():
-        return None
-    revision, options = arguments.model_revision, {"cache_dir": arguments.cache_dir, "token": arguments.token}
-    file = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False, **options)
-    return extract_commit_hash(file, None)
-
-
-def _load_complete(
-    name: str, config: PreTrainedConfig, arguments: ModelArguments
-) -> tuple[PreTrainedModel, Renaming, tuple[str, ...], tuple[str, ...]]:
-    """Load the weights, in a second pass those that stand under other names, and look at what is not there.
-
-    What is given back: the model, what was renamed, the head parameters that the checkpoint does not hold, sentences
-    for the user.
-    """
-    model, loading = _load_weights(name, config, arguments)
-    renaming = Renaming({})
-    if loading["missing_keys"]:
-        options = _hub_options(arguments, arguments.model_revision)
-        del options["trust_remote_code"]
-        renaming = rename_checkpoint(model, loading["missing_keys"], open_checkpoint(name, **options))
-        if renaming.names:
-            model, loading = _load_weights(name, config, arguments, renaming.patterns())
-            vars(model).pop("_weight_conversions", None)  # else transformers would save under the checkpoint's names
-    encoder_missing, fresh = _split_missing(model, sorted(set(loading["missing_keys"])))
-    unused = describe_unused(loading["unexpected_keys"], all_of_them=bool(encoder_missing or fresh))
-    if encoder_missing:
-        instead = f" It holds instead: {unused}." if unused else ""
-        raise ModelError(
-            f"{name} lacks {len(encoder_missing)} weights of the encoder of a {config.model_type} model "
-            f"({_list(encoder_missing)}): they would start at random.{instead} Give a complete checkpoint, or train "
-            f"from scratch with --config_name {name} --tokenizer_name {name}."
-        )
-    with torch.no_grad():
-        for parameter in map(model.get_parameter, fresh):
-            if parameter.dim() == 1 and parameter.count_nonzero() and _is_bias(model, parameter):
-                parameter.zero_()  # for some types transformers leaves what the memory held before
-    notices = [
-        renaming.notice,
-        f"{name} holds weights that a {config.model_type} masked LM has no place for: {unused}." if unused else "",
-        f"{name} does not hold {_list(fresh)}: they start fresh." if fresh else "",
-        keep_ties_of_checkpoint(model) or "",
-    ]
-    return model, renaming, tuple(fresh), tuple(filter(None, notices))
-
-
-def _is_bias(model: PreTrainedModel, parameter: torch.nn.Parameter) -> bool:
-    return any(p is parameter and n.endswith("bias") for n, p in model.named_parameters(remove_duplicate=False))
-
-
-def _load_weights(
-    name: str, config: PreTrainedConfig, arguments: ModelArguments, names: dict[str, str] | None = None
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    with _loading("model", name):
-        options = {"dtype": arguments.dtype, **loading_options(config, arguments, name)}
-        own_dtype = config.dtype  # of the checkpoint; loading writes its own there
-        model, loading = AutoModelForMaskedLM.from_pretrained(
-            name,
-            config=config,
-            use_safetensors=_has_safetensors(name),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            key_mapping=names,
-            **options,
-            **_attention(arguments),
-            **_hub_options(arguments, arguments.model_revision),
-        )
-    if loading["mismatched_keys"]:
-        key, theirs, ours = min(loading["mismatched_keys"])
-        raise ModelError(
-            f"{name} does not fit its own config.json: {key} has the shape {tuple(theirs)}, the config asks for "
-            f"{tuple(ours)} ({len(loading['mismatched_keys'])} such weights). Give the config that belongs to it."
-        )
-    prepare_quantised(model, arguments, own_dtype)
-    return model, loading
-
-
-def _has_safetensors(name: str) -> bool | None:
-    """Refuse a folder that holds only pickled weights; on the hub, let transformers look (None)."""
-    path = Path(name).expanduser()
-    if not path.is_dir() or any(path.glob("*.safetensors")):
-        return True
-    if any(path.glob("*.bin")):
-        raise ModelError(
-            f"{name} holds its weights as a pickle (.bin), which can run code when it is opened. "
-            "Convert a file that you trust to safetensors first."
-        )
-    raise ModelError(f"The folder {name} holds no weights (*.safetensors). Give the folder of a saved model.")
-
-
-def _split_missing(model: PreTrainedModel, missing: list[str]) -> tuple[list[str], list[str]]:
-    """Split the missing keys into the encoder's and the head's parameters, an alias under its first name."""
-    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
-    every_name = dict(model.named_parameters(remove_duplicate=False))
-    encoder = {id(parameter) for parameter in model.base_model.parameters()} if model.base_model is not model else set()
-    names = {first_name[id(every_name[key])] for key in missing if key in every_name}
-    of_encoder = sorted(name for name in names if id(every_name[name]) in encoder)
-    return of_encoder, sorted(names - set(of_encoder))
-
-
 def _own_tokenizer(base: Base, arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
     """Load the base's own tokenizer, where another one is used or tokens are added to it.
 
@@ -444,10 +253,10 @@ def _build_from_scratch(arguments: ModelArguments) -> Base:
     tokenizer = load_tokenizer(arguments)
     notices = _add_tokens(tokenizer, arguments)
     if arguments.config_name is not None:
-        config = _load_config(arguments.config_name, arguments)
+        config = load_config(arguments.config_name, arguments)
     else:
         assert arguments.model_type is not None  # config.py refuses arguments that name no model
-        _check_model_type(arguments.model_type, "--model_type", arguments)
+        check_model_type(arguments.model_type, "--model_type", arguments)
         config = AutoConfig.for_model(arguments.model_type)
     _take_from_tokenizer(config, tokenizer)
     if arguments.config_overrides is not None:
@@ -455,10 +264,10 @@ def _build_from_scratch(arguments: ModelArguments) -> Base:
             config.update_from_string(arguments.config_overrides)
         except ValueError as error:
             raise ModelError(f"--config_overrides {arguments.config_overrides}: {error}.") from error
-    _prepare_config(config, arguments.config_name or f"--model_type {arguments.model_type}", arguments)
+    prepare_config(config, arguments.config_name or f"--model_type {arguments.model_type}", arguments)
     try:
         with quiet_transformers():
-            model = AutoModelForMaskedLM.from_config(config, **_attention(arguments))
+            model = AutoModelForMaskedLM.from_config(config, **attention_option(arguments))
     except (ValueError, RuntimeError, TypeError, AssertionError, ImportError) as error:
         raise ModelError(f"Cannot make a {config.model_type} model of this config: {error}") from error
     fit_vocabulary(model, tokenizer, name=None, may_grow=True)  # the config may ask for fewer rows
@@ -480,8 +289,3 @@ def _take_from_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenize
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
             if getattr(part, name, None) is not None:
                 setattr(part, name, getattr(tokenizer, name))
-
-
-def _list(names: list[str]) -> str:
-    shown = ", ".join(names[:NAMES_SHOWN])
-    return shown if len(names) <= NAMES_SHOWN else f"{shown}, and {len(names) - NAMES_SHOWN} more"

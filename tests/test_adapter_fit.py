@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from peft_mlm.adapter import check_adapter_folder, load_adapter, plan_adapter, save_adapter, wrap
 from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.arguments import ModelArguments, PEFTArguments
+from peft_mlm.checkpoint import load_outline
 from peft_mlm.errors import AdapterError
 from peft_mlm.loading import load
-from peft_mlm.model import load_base, load_outline
+from peft_mlm.model import load_base
 from tests.tiny import MODEL_TYPES, letter_tokenizer, save_base, tiny_model
 
 

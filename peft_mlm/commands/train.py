@@ -6,13 +6,12 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_mlm.config import Arguments, describe_help, read_arguments, write_arguments, write_sources
 from peft_mlm.console import bytes_text, is_first_process, print_table
-from peft_mlm.errors import ArgumentsError
 from peft_mlm.model_checks import check_before_loading, check_training
 from peft_mlm.run_folder import (
     RunFolder,
@@ -26,7 +25,7 @@ from peft_mlm.run_folder import (
     write_json,
     write_text,
 )
-from peft_mlm.token_lists import read_token_list
+from peft_mlm.settled_arguments import with_token_lists, with_whole_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +102,7 @@ def run_training(arguments: Arguments) -> TrainResult:
         As `train`.
     """
     started = time.perf_counter()
-    arguments = _with_token_lists(_with_whole_paths(arguments))
+    arguments = with_token_lists(with_whole_paths(arguments))
     run = RunFolder(Path(arguments.training["output_dir"]).expanduser())
     resume = arguments.training.get("resume_from_checkpoint")
     resume = None if resume in (None, False, "false") else str(resume)
@@ -248,50 +247,6 @@ def _tell(notices: Iterable[str]) -> None:
     if is_first_process():
         for notice in notices:
             logger.info(notice)
-
-
-def _with_whole_paths(arguments: Arguments) -> Arguments:
-    """Write local paths out in full, so that later commands find the files from any folder."""
-
-    def whole(name: str | None, *, always: bool = False) -> str | None:
-        if name is None or not (always or Path(name).expanduser().exists()):
-            return name
-        return str(Path(name).expanduser().absolute())
-
-    def files(names: list[str] | None) -> list[str] | None:
-        return None if names is None else [whole(name, always=True) or name for name in names]
-
-    model, data, peft = arguments.model, arguments.data, arguments.peft
-    return replace(
-        arguments,
-        model=replace(
-            model,
-            model_name_or_path=whole(model.model_name_or_path),
-            config_name=whole(model.config_name),
-            tokenizer_name=whole(model.tokenizer_name),
-        ),
-        data=replace(
-            data,
-            dataset_name=whole(data.dataset_name),
-            train_file=files(data.train_file),
-            validation_file=files(data.validation_file),
-        ),
-        peft=None if peft is None else replace(peft, adapter_name_or_path=whole(peft.adapter_name_or_path)),
-    )
-
-
-def _with_token_lists(arguments: Arguments) -> Arguments:
-    """Read the files of tokens to add, so that a run that is resumed later has the same tokens."""
-    model, faults = arguments.model, []
-    lists: dict[str, Any] = {}
-    for option in ("add_tokens", "add_special_tokens"):
-        try:
-            lists[option] = read_token_list(option, getattr(model, option)) or None
-        except ArgumentsError as error:
-            faults += error.faults
-    if faults:
-        raise ArgumentsError(faults)
-    return replace(arguments, model=replace(model, **lists))
 
 
 def _batches_of_tokens(arguments: Arguments, rows: Any, training: Any) -> int | None:
