@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from peft_mlm.adapter import Plan, load_adapter, plan_adapter
+from peft_mlm.adapter import ADAPTER_WEIGHTS, Plan, check_adapter_folder, load_adapter, plan_adapter
+from peft_mlm.adapter_config import find_targets
+from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import base_recipe, with_base_recipe
+from peft_mlm.checkpoint import load_outline
 from peft_mlm.config import Arguments
 from peft_mlm.data_passes import DataPass
 from peft_mlm.dropout import turn_off_dropout
@@ -23,6 +26,8 @@ from peft_mlm.model import Base, load_base
 from peft_mlm.optimizers import freeze_a
 from peft_mlm.quantization import check_trainable, is_quantised
 from peft_mlm.resuming import read_initial
+from peft_mlm.targets import ALL_LINEAR, resolve_modules_to_save
+from peft_mlm.untying import keep_apart
 
 PROBE_TOKENS = 16
 # Rounding of a start that changes nothing, as a share of the largest logit.
@@ -100,6 +105,34 @@ def with_base_of_adapter(arguments: Arguments, adapter: Path | None) -> Argument
             "out, and the base is prepared as it was."
         )
     return replace(arguments, model=model)
+
+
+def check_names(arguments: Arguments, adapter: Path | None) -> None:
+    """Find a name that no layer has, or an adapter for another model, before text is read and weights are loaded.
+
+    Args:
+        arguments: All groups.
+        adapter: Folder of the adapter to go on with, or None.
+
+    Raises:
+        AdapterError: An option names no layer of the model, or the adapter belongs to another architecture.
+        ModelError: There is no such model.
+    """
+    peft = arguments.peft
+    named = peft is not None and peft.lora_target_modules not in (None, [ALL_LINEAR])
+    if peft is None or not (named or peft.modules_to_save or adapter is not None):
+        return
+    outline = load_outline(arguments.model)
+    if outline is None:
+        return
+    if adapter is not None:
+        check_adapter_fits(adapter, ADAPTER_WEIGHTS, check_adapter_folder(adapter), outline, rows=None)
+        return
+    if arguments.model.untie_embeddings:
+        keep_apart(outline)
+    resolve_modules_to_save(outline, peft.modules_to_save)
+    if named:
+        find_targets(outline, peft, without=())
 
 
 def adapt(

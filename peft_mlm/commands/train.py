@@ -154,6 +154,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     from peft_mlm.adaptation import (
         adapt,
         adapter_to_go_on_with,
+        check_names,
         with_adapter_tokenizer,
         with_base_of_adapter,
     )
@@ -170,6 +171,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     splits = ("train", "validation") if evaluates else ("train",)
     adapter = adapter_to_go_on_with(arguments)
     arguments = with_base_of_adapter(arguments, adapter)
+    check_names(arguments, adapter)
     with training.main_process_first(desc="reading text"):  # one process fills the caches, the others find them
         text = load_text(
             arguments.data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=splits
