@@ -273,7 +273,8 @@ def _named_layers(model: PreTrainedModel, names: Sequence[str], option: str) -> 
 
 def _is_read_by_decoder(model: PreTrainedModel, module: nn.Module) -> bool:
     """Tell whether a module is the embeddings of a model that computes its logits from their matrix."""
-    return module is model.get_input_embeddings() and decoder_reads_embeddings(model)
+    runs = model.device.type != "meta"  # else it is an outline, and this is asked again of the model itself
+    return runs and module is model.get_input_embeddings() and decoder_reads_embeddings(model)
 
 
 def _matches(name: str, wanted: str) -> bool:
