@@ -79,6 +79,8 @@ def _other_vocabulary(config: Mapping[str, Any], rows: int | None) -> str:
 def _other_modules(
     shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], model: PreTrainedModel, rows: int | None
 ) -> str:
+    if config.get("layer_replication") or config.get("use_bdlora"):
+        return ""  # PEFT has other layers, or smaller matrices, than the base's own sizes tell
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType.__members__.get(str(config["peft_type"])), "lora_")
     modules = dict(model.named_modules())
     of_vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -117,7 +117,8 @@ def modules_kept_float(model: PreTrainedModel, name: str) -> list[str]:
     tied = _tied(model)
     linears = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
     kept = [n for n, module in linears.items() if id(module) not in encoder or id(module.weight) in tied]
-    if not any(type(module) is nn.Linear for n, module in linears.items() if n not in kept):
+    # a pooler is no part of a masked LM
+    if not any(type(module) is nn.Linear and "pooler" not in n for n, module in linears.items() if n not in kept):
         raise ModelError(
             f"{name} is of the type {model.config.model_type}, whose encoder has no linear layer that bitsandbytes can "
             "quantise. Leave out load_in_4bit and load_in_8bit."

@@ -78,7 +78,8 @@ def lora_or_none(values):
     )
     refused += ("load_best_model_at_end", "early_stopping_patience", "lr_scheduler_type", "fp16_full_eval")
     refused += QUANTISATION
-    refused += ("dataloader_prefetch_factor", "mask_replace_prob", "random_replace_prob")
+    refused += () if values.get("add_tokens") else ("add_tokens_inside_words",)
+    refused += ("max_tokens_per_batch", "dataloader_prefetch_factor", "mask_replace_prob", "random_replace_prob")
     return {name: value for name, value in wanted.items() if name not in refused}
 
 

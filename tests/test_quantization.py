@@ -12,6 +12,7 @@ import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig
@@ -20,7 +21,9 @@ from peft_mlm.adaptation import adapt
 from peft_mlm.adapter import count_parameters, plan_adapter, save_adapter, wrap
 from peft_mlm.arguments import ModelArguments, PEFTArguments
 from peft_mlm.base_recipe import write_base_recipe
+from peft_mlm.collator import from_tokenizer
 from peft_mlm.config import read_arguments
+from peft_mlm.data_passes import DataPass
 from peft_mlm.errors import AdapterError, MergeError, ModelError
 from peft_mlm.loading import load, load_target, resolve_target
 from peft_mlm.merging import merge_adapter, probe_logits
@@ -374,13 +377,15 @@ def test_a_checkpoint_quantised_already_loads_as_it_is(stored: Callable[..., Pat
 
 def test_what_a_quantised_checkpoint_cannot_do_is_said(stored: Callable[..., Path]) -> None:
     folder = str(stored("nf4", load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+    rows = Dataset.from_dict({"input_ids": [[0, 5, 6, 2]]})
+    data = DataPass(rows, from_tokenizer(letter_tokenizer()), 1, 0, torch.device("cpu"))
     needed = {"model_name_or_path": folder, "train_file": "a.txt", "output_dir": "out"}
     head = read_arguments(values={**needed, "use_lora": True, "modules_to_save": ["cls"]})
     with pytest.raises(AdapterError, match=r"cls\.predictions\.transform\.dense cannot be trained in full"):
-        adapt(load_base(head.model), head, None)
+        adapt(load_base(head.model), head, None, data=data, total_steps=1)
     whole = read_arguments(values=needed)
     with pytest.raises(AdapterError, match="add --use_lora"):
-        adapt(load_base(whole.model), whole, None)
+        adapt(load_base(whole.model), whole, None, data=data, total_steps=1)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "torchao"])
