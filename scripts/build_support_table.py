@@ -45,7 +45,20 @@ BY_TRAINING: dict[str, dict[str, Any]] = {
     "loftq": {"init_lora_weights": "loftq"},
     "loraplus": {"loraplus_lr_ratio": 16.0},
     "lorafa": {"use_lorafa": True},
-    "asa": {"peft_method": "adamss", "peft_config": {"use_asa": True, "r": 8}, "lora_target_modules": ["query"]},
+    "asa": {
+        "peft_method": "adamss",
+        "peft_config": {
+            "use_asa": True,
+            "r": 8,
+            "num_subspaces": 3,
+            "subspace_rank": 1,
+            "asa_target_subspaces": 3,
+            "init_warmup": 1,
+            "final_warmup": 6,
+            "mask_interval": 2,
+        },
+        "lora_target_modules": ["query"],
+    },
 }
 BITS: dict[Base, dict[str, Any]] = {
     "float": {},
