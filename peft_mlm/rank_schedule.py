@@ -44,11 +44,8 @@ def has_rank_schedule(model: Any) -> bool:
 class RankSchedule(TrainerCallback):
     """Allocates ranks after each optimiser step, while the gradients are still there.
 
-    Attributes:
-        checkpoint: What `schedule_state` gave when the checkpoint was written that a run goes on from, and its folder.
-
-    Raises:
-        AdapterError: When training begins: the run is too short for the schedule.
+    `checkpoint` is set where a run goes on: what `schedule_state` gave when the checkpoint was written, and its folder.
+    A run that is too short for the schedule is refused when training begins (AdapterError).
     """
 
     def __init__(self) -> None:
