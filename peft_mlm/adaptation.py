@@ -22,14 +22,14 @@ from peft_mlm.dropout import turn_off_dropout
 from peft_mlm.errors import AdapterError
 from peft_mlm.initialization import Matrices, initialise, reopen, start_of
 from peft_mlm.loading import check_base, find_adapter
-from peft_mlm.model import Base, load_base
+from peft_mlm.model import Base, brings_tokenizer, load_base
 from peft_mlm.optimizers import freeze_a
+from peft_mlm.probing import evaluating, probe_inputs
 from peft_mlm.quantization import check_trainable, is_quantised
 from peft_mlm.resuming import read_initial
 from peft_mlm.targets import ALL_LINEAR, resolve_modules_to_save
 from peft_mlm.untying import keep_apart
 
-PROBE_TOKENS = 16
 # Rounding of a start that changes nothing, as a share of the largest logit.
 SAME_START = 1e-4
 
@@ -74,10 +74,9 @@ def with_adapter_tokenizer(arguments: ModelArguments, adapter: Path | None) -> M
     Returns:
         The arguments; a tokenizer that the user names stays.
     """
-    if adapter is None or arguments.tokenizer_name is not None:
+    if adapter is None or arguments.tokenizer_name is not None or not brings_tokenizer(adapter):
         return arguments
-    carried = (adapter / "tokenizer_config.json").is_file()
-    return replace(arguments, tokenizer_name=str(adapter)) if carried else arguments
+    return replace(arguments, tokenizer_name=str(adapter))
 
 
 def with_base_of_adapter(arguments: Arguments, adapter: Path | None) -> Arguments:
@@ -214,20 +213,16 @@ def _new_adapter(base: Base, arguments: Arguments, plan: Plan, data: DataPass, c
     return Adapted(model, plan, initial, tuple(notices))
 
 
-@torch.no_grad()
 def _probe(model: Any) -> torch.Tensor:
     """Logits (1, T, V) of a short row of tokens, in evaluation mode."""
-    was_training = model.training
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(PROBE_TOKENS, device=model.device).remainder(vocabulary).unsqueeze(0)
-    logits: torch.Tensor = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().cpu()
-    model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        logits: torch.Tensor = model(**probe_inputs(model)).logits.float().cpu()
     return logits
 
 
 def _check_tokenizer(base: Base, adapter: Path) -> None:
     """Refuse a tokenizer that gives the ids of an adapter's tokens to others: its rows would mean something else."""
-    if not (adapter / "tokenizer_config.json").is_file():
+    if not brings_tokenizer(adapter):
         return
     given = base.tokenizer.get_vocab()
     theirs = AutoTokenizer.from_pretrained(str(adapter)).get_vocab()

@@ -33,6 +33,8 @@ from peft_mlm.vocabulary import token_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Name that PEFT gives an adapter within its model.
+ADAPTER = "default"
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import importlib.util
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from peft_mlm import arguments
 from peft_mlm.argument_types import ArgumentType, describe_type, parse_type
+from peft_mlm.dataclass_source import annotated_lines, literal, package_folder
 
 Group = Literal["model", "data", "peft", "training"]
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -92,16 +91,13 @@ def _own_fields(group: Group, cls: type) -> Iterator[Field]:
 
 
 def _training_fields() -> Iterator[Field]:
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("transformers is not installed; `pip install transformers` brings it")
-    folder = Path(spec.submodule_search_locations[0])
+    folder = package_folder("transformers")
     classes: dict[str, ast.ClassDef] = {}
     for module in ("debug_utils.py", "trainer_utils.py", "training_args.py"):
         tree = ast.parse((folder / module).read_text(encoding="utf-8"))
         classes |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     enumerations = {name: values for name, node in classes.items() if (values := _enumeration(node))}
-    for line in _annotated(classes["TrainingArguments"], classes):
+    for line in annotated_lines(classes["TrainingArguments"], classes):
         yield _training_field(line, enumerations)
 
 
@@ -116,23 +112,12 @@ def _enumeration(node: ast.ClassDef) -> tuple[str, ...]:
     )
 
 
-def _annotated(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> list[ast.AnnAssign]:
-    """Give the annotated lines of a dataclass, those of its bases first."""
-    lines: list[ast.AnnAssign] = []
-    for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in classes:
-            lines += _annotated(classes[base.id], classes)
-    return lines + [line for line in node.body if isinstance(line, ast.AnnAssign)]
-
-
 def _training_field(line: ast.AnnAssign, enumerations: Mapping[str, tuple[str, ...]]) -> Field:
     name, annotation = ast.unparse(line.target), ast.unparse(line.annotation)
-    default, metadata = _literal(line.value), dict[str, Any]()
+    default, metadata = literal(line.value), dict[str, Any]()
     if isinstance(line.value, ast.Call):
         options = {keyword.arg: keyword.value for keyword in line.value.keywords}
-        default = _literal(options.get("default"))
-        if "default_factory" in options:
-            default = {"list": [], "dict": {}}.get(ast.unparse(options["default_factory"]), MISSING)
+        default = literal(options.get("default_factory", options.get("default")))
         metadata = _literal_entries(options.get("metadata"))
     kind = parse_type(TYPES_BY_NAME.get(name, annotation), enumerations)
     if "choices" in metadata and not kind.choices:
@@ -146,17 +131,8 @@ def _training_field(line: ast.AnnAssign, enumerations: Mapping[str, tuple[str, .
 def _literal_entries(node: ast.expr | None) -> dict[str, Any]:
     if not isinstance(node, ast.Dict):
         return {}
-    read = {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True)}
+    read = {literal(key): literal(value) for key, value in zip(node.keys, node.values, strict=True)}
     return {str(key): value for key, value in read.items() if value is not MISSING}
-
-
-def _literal(node: ast.expr | None) -> Any:
-    if node is None:
-        return MISSING
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return MISSING
 
 
 def render_help(groups: Sequence[Group], defaults: Mapping[str, str], *, width: int = 100) -> str:

@@ -21,6 +21,7 @@ from peft_mlm.arguments import ModelArguments
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
 from peft_mlm.head_mapping import Renaming, describe_unused, open_checkpoint, rename_checkpoint
+from peft_mlm.heads import encoder_parameters
 from peft_mlm.model_checks import check_attention, check_config, check_dtype
 from peft_mlm.model_types import MODEL_TYPES
 from peft_mlm.quantization import loading_options, prepare_quantised
@@ -266,7 +267,7 @@ def _split_missing(model: PreTrainedModel, missing: list[str]) -> tuple[list[str
     """Split the missing keys into the encoder's and the head's parameters, an alias under its first name."""
     first_name = {id(parameter): name for name, parameter in model.named_parameters()}
     every_name = dict(model.named_parameters(remove_duplicate=False))
-    encoder = {id(parameter) for parameter in model.base_model.parameters()} if model.base_model is not model else set()
+    encoder = encoder_parameters(model)
     names = {first_name[id(every_name[key])] for key in missing if key in every_name}
     of_encoder = sorted(name for name in names if id(every_name[name]) in encoder)
     return of_encoder, sorted(names - set(of_encoder))

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_mlm.errors import AdapterError
 from peft_mlm.metrics import masked_lm_loss
+from peft_mlm.quantization import is_quantised
 
 PASS_BATCHES = 32
 # EVA goes over the batches until its directions hold still; this often at most.
@@ -183,16 +184,11 @@ def eva_directions(model: PreTrainedModel, config: Any, data: DataPass) -> dict[
     return found
 
 
-def is_quantised(weight: torch.Tensor) -> bool:
-    """Tell whether a weight is held in 4 or 8 bits."""
-    return hasattr(weight, "quant_state") or not weight.is_floating_point()
-
-
 @contextlib.contextmanager
 def _pass_over(model: PreTrainedModel, data: DataPass) -> Iterator[list[dict[str, torch.Tensor]]]:
     """Batches and a model on their device, in evaluation mode; generators and modes are as before afterwards."""
     was_training, states = model.training, (random.getstate(), np.random.get_state())
-    if not any(is_quantised(parameter) for parameter in model.parameters()):
+    if not is_quantised(model):
         model.to(data.device)  # where the trainer would put it; a quantised model is there already
     try:
         with torch.random.fork_rng():

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from peft_mlm.collator import IGNORE_INDEX
+from peft_mlm.probing import evaluating, probe_inputs
 
-PROBE_SHAPE = (2, 8)
 # Logits beyond this are computed in pieces, each thrown away and computed again for its gradient.
 LOGITS_BYTES = 2**28
 
@@ -54,8 +54,10 @@ def find_door(model: PreTrainedModel | PeftModel) -> str | None:
         return hook
 
     handles += [module.register_forward_pre_hook(watch(name)) for name, module in outside]
-    inputs, chosen = _probe(base)
-    with _evaluating(model):
+    inputs = probe_inputs(base, rows=2)
+    chosen = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    chosen[0, 2], chosen[1, 1], chosen[1, 5] = True, True, True
+    with evaluating(model), torch.no_grad():
         try:
             whole = model(**inputs).logits
         finally:
@@ -177,25 +179,6 @@ def _encoder_gives(base: PreTrainedModel, output: Any) -> Iterator[None]:
             del encoder.forward
         else:
             encoder.forward = before
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def _probe(base: PreTrainedModel) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    vocabulary = base.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=base.device).remainder(vocabulary).view(PROBE_SHAPE)
-    chosen = torch.zeros_like(ids, dtype=torch.bool)
-    chosen[0, 2], chosen[1, 1], chosen[1, 5] = True, True, True
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, chosen
 
 
 def _gives_the_same(

@@ -20,6 +20,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from peft_mlm.heads import encoder_parameters
+
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 # Part of a head -> its module's name, one row per family of names; where they are from.
@@ -194,7 +196,7 @@ def describe_unused(unexpected: Iterable[str], *, all_of_them: bool, limit: int 
 def _unwrapped(model: PreTrainedModel, lacking: set[str], checkpoint: Checkpoint) -> dict[str, str]:
     """Find the prefix without which the checkpoint holds the model's encoder; else nothing is renamed."""
     places = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {id(places[name]) for name in lacking if name in places} & _encoder(model)
+    wanted = {id(places[name]) for name in lacking if name in places} & encoder_parameters(model)
     if not wanted:
         return {}
     chain = re.compile(rf"((?:{'|'.join(WRAPPERS)})\.)+")
@@ -228,11 +230,6 @@ def _without_prefix(
     return names
 
 
-def _encoder(model: PreTrainedModel) -> set[int]:
-    """Give the ids of the encoder's parameters; none where the model does not tell its encoder apart."""
-    return set() if model.base_model is model else {id(parameter) for parameter in model.base_model.parameters()}
-
-
 def _rename_head(
     model: PreTrainedModel, lacking: set[str], known: Mapping[str, str], checkpoint: Checkpoint
 ) -> Renaming:
@@ -241,7 +238,7 @@ def _rename_head(
     `known` gives the checkpoint's names by what they are once a prefix is taken off.
     """
     places = dict(model.named_parameters(remove_duplicate=False))
-    fresh = {id(places[name]) for name in lacking if name in places} - _encoder(model)
+    fresh = {id(places[name]) for name in lacking if name in places} - encoder_parameters(model)
     if not fresh or len(_heads(places)) != 1:
         return Renaming({})
     (own,) = _heads(places).values()

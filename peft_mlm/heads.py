@@ -37,6 +37,11 @@ def tied_parameters(model: nn.Module) -> set[int]:
     return {key for key, count in places.items() if count > 1}
 
 
+def encoder_parameters(model: PreTrainedModel) -> set[int]:
+    """Give the ids (`id(parameter)`) of the encoder's parameters; none where the model does not tell it apart."""
+    return set() if model.base_model is model else {id(parameter) for parameter in model.base_model.parameters()}
+
+
 def untied_modules(model: nn.Module, name: str) -> list[str]:
     """Break a module into its parts that hold parameters of their own and no tied one.
 

@@ -23,18 +23,17 @@ import torch
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.eva import initialize_lora_eva_weights
-from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_mlm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Plan, wrap
-from peft_mlm.data_passes import DataPass, eva_directions, is_quantised, leave_covariances, leave_gradients
+from peft_mlm.adapter import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, Plan, wrap
+from peft_mlm.data_passes import DataPass, eva_directions, leave_covariances, leave_gradients
 from peft_mlm.errors import AdapterError
+from peft_mlm.quantization import dequantised_weight, is_quantised
 
-ADAPTER = "default"
 PREFIX = "base_model.model."
 # Rounding of W - s B0 A0, as a share of the largest weight.
 EDIT_TOLERANCE = 1e-4
@@ -211,7 +210,7 @@ def check_start(start: str, model: PreTrainedModel, plan: Plan) -> None:
                 f"init_lora_weights {start} is for linear layers, and {name} is {type(module).__name__}. Leave it out "
                 "by lora_exclude_modules, or use init_lora_weights true."
             )
-    quantised = [name for name, module in layers.items() if is_quantised(module.weight)]
+    quantised = [name for name, module in layers.items() if is_quantised(module)]
     if start == "loftq":
         if len(quantised) < len(layers):
             raise AdapterError(
@@ -247,13 +246,13 @@ def _start_loftq(model: PreTrainedModel, plan: Plan, float_base: PreTrainedModel
     plan.config.init_lora_weights, plan.config.loftq_config = True, {}
     adapted = wrap(model, plan)
     for name, layer in _lora_layers(adapted).items():
-        held, whole = dequantize_module_weight(layer.get_base_layer()).float(), float_base.get_submodule(name).weight
+        held, whole = dequantised_weight(layer.get_base_layer()), float_base.get_submodule(name)
         if is_quantised(whole):
             raise AdapterError(
                 "init_lora_weights loftq needs the weights before quantisation, but the checkpoint itself is "
                 "quantised. Give the checkpoint it was made from, with --load_in_4bit, or leave it out."
             )
-        residual = whole.to(held) - held
+        residual = whole.weight.to(held) - held
         u, s, vh = torch.linalg.svd(residual, full_matrices=False)
         rank = layer.r[ADAPTER]
         root = (s[:rank] / layer.scaling[ADAPTER]).sqrt()

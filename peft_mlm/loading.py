@@ -22,7 +22,7 @@ from peft_mlm.checkpoint import load_outline
 from peft_mlm.config import Arguments, read_arguments
 from peft_mlm.errors import AdapterError, ArgumentsError, ModelError
 from peft_mlm.fingerprint import BASE_FINGERPRINT, changed_weights, misfits, read_fingerprint
-from peft_mlm.model import Base, load_base, with_tokenizer_of
+from peft_mlm.model import Base, brings_tokenizer, load_base, with_tokenizer_of
 from peft_mlm.quantization import dequantise
 from peft_mlm.run_folder import RunFolder, is_run_folder
 
@@ -166,7 +166,7 @@ def load_target(target: Target, *, any_base: bool = False, dequantised: bool = F
             )
         return Loaded(base.model, base.tokenizer, base)
     config = check_adapter_folder(target.adapter)
-    with_tokenizer = (target.adapter / "tokenizer_config.json").is_file()
+    with_tokenizer = brings_tokenizer(target.adapter)
     arguments = with_base_recipe(target.base, target.adapter)
     arguments = with_tokenizer_of(arguments, target.adapter)
     outline = _of_base(target, arguments, load_outline)

@@ -9,13 +9,12 @@ import ast
 import dataclasses
 import difflib
 import functools
-import importlib.util
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from peft_mlm.argument_types import ArgumentType, convert, parse_type, show
+from peft_mlm.dataclass_source import annotated_lines, literal, package_folder
 from peft_mlm.methods import METHODS
 
 # What the declared type leaves open or says too narrowly, and why.
@@ -55,7 +54,11 @@ def method_options(method: str) -> Mapping[str, Option]:
     Returns:
         Options by name, those of every PEFT method (such as task_type) left out.
     """
-    common = {line.target.id for line in _lines("PeftConfig") if isinstance(line.target, ast.Name)}
+    common = {
+        line.target.id
+        for line in annotated_lines(_classes()["PeftConfig"], _classes())
+        if isinstance(line.target, ast.Name)
+    }
     return {name: option for name, option in _options(METHODS[method].config).items() if name not in common}
 
 
@@ -116,14 +119,14 @@ def _hint(name: str, options: Mapping[str, Option]) -> str:
 
 def _options(config: str) -> dict[str, Option]:
     read: dict[str, Option] = {}
-    for line in _lines(config):
+    for line in annotated_lines(_classes()[config], _classes()):
         name, annotation = ast.unparse(line.target), ast.unparse(line.annotation)
         keywords: dict[str | None, ast.expr] = {}
         default = line.value
         if isinstance(line.value, ast.Call) and ast.unparse(line.value.func) in ("field", "dataclasses.field"):
             keywords = {keyword.arg: keyword.value for keyword in line.value.keywords}
             default = keywords.get("default", keywords.get("default_factory"))
-        if "init" in keywords and not _literal(keywords["init"]):
+        if "init" in keywords and not literal(keywords["init"]):
             continue
         kind = parse_type(TYPES_BY_NAME.get(name, annotation))
         parts = _options(kind.unknown) if kind.unknown is not None and kind.unknown in _classes() else {}
@@ -132,39 +135,16 @@ def _options(config: str) -> dict[str, Option]:
             kind = dataclasses.replace(kind, unknown=None, entries=ArgumentType(none=True, anything=True))
         elif kind.unknown and kind.text:
             kind = dataclasses.replace(kind, unknown=None)  # an enumeration's value as text
-        if _literal(default) is None and not kind.none:
+        if literal(default) is None and not kind.none:
             kind = dataclasses.replace(kind, none=True)
-        read[name] = Option(name, kind, _literal(default), parts)
+        read[name] = Option(name, kind, literal(default), parts)
     return read
-
-
-def _lines(config: str) -> Iterator[ast.AnnAssign]:
-    """Give the annotated lines of a dataclass, those of its bases first."""
-    node = _classes()[config]
-    for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in _classes():
-            yield from _lines(base.id)
-    for line in node.body:
-        if isinstance(line, ast.AnnAssign):
-            yield line
 
 
 @functools.cache
 def _classes() -> Mapping[str, ast.ClassDef]:
     """Read all classes of options: of the methods, and what they share."""
-    spec = importlib.util.find_spec("peft")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("peft is not installed; `pip install peft` brings it")
-    folder = Path(spec.submodule_search_locations[0])
+    folder = package_folder("peft")
     files = [folder / "config.py", folder / "tuners" / "lycoris_utils.py", *sorted(folder.glob("tuners/*/config.py"))]
     nodes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     return {node.name: node for node in nodes if isinstance(node, ast.ClassDef) and "Config" in node.name}
-
-
-def _literal(node: ast.expr | None) -> Any:
-    if node is None:
-        return MISSING
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return {"list": [], "dict": {}}.get(ast.unparse(node), MISSING)

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from peft_mlm.arguments import ModelArguments
+from peft_mlm.base_memory import describe_quantisation
 from peft_mlm.checkpoint import (
     attention_option,
     check_model_type,
@@ -31,7 +32,6 @@ from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
 from peft_mlm.fingerprint import base_fingerprint
 from peft_mlm.model_checks import notices_of
-from peft_mlm.quantization import describe_quantisation
 from peft_mlm.token_lists import read_token_list
 from peft_mlm.tokenizer import add_tokens
 from peft_mlm.untying import keep_apart, untie_embeddings
@@ -185,6 +185,11 @@ def _differ(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> boo
     return one.get_vocab() != other.get_vocab() or set(one.all_special_tokens) != set(other.all_special_tokens)
 
 
+def brings_tokenizer(folder: Path) -> bool:
+    """Tell whether a tokenizer lies in the folder of an adapter or a model."""
+    return (folder / "tokenizer_config.json").is_file()
+
+
 def with_tokenizer_of(arguments: ModelArguments, folder: Path) -> ModelArguments:
     """Use the tokenizer that lies in a folder, which has all added tokens; nothing changes where there is none.
 
@@ -195,7 +200,7 @@ def with_tokenizer_of(arguments: ModelArguments, folder: Path) -> ModelArguments
     Returns:
         The arguments.
     """
-    if not (folder / "tokenizer_config.json").is_file():
+    if not brings_tokenizer(folder):
         return arguments
     return replace(arguments, tokenizer_name=str(folder), add_tokens=None, add_special_tokens=None)
 

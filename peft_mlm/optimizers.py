@@ -14,9 +14,9 @@ from peft import PeftModel, PeftType
 from peft.optimizers import create_lorafa_optimizer
 from transformers import TrainingArguments
 
+from peft_mlm.adapter import ADAPTER
 from peft_mlm.errors import AdapterError, ArgumentsError
 
-ADAPTER = "default"
 # What optimisers for layers one by one want instead of groups of parameters (LOMO, GaLore, APOLLO and the like).
 NO_GROUPS = ("params", "model", "optimizer_dict")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers import AutoModelForMaskedLM, BitsAndBytesConfig, PreTrainedCon
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import AdapterError, ModelError
+from peft_mlm.heads import tied_parameters
 
 METHOD = "bitsandbytes"
 
@@ -114,7 +115,7 @@ def modules_kept_float(model: PreTrainedModel, name: str) -> list[str]:
         ModelError: The model type has no linear layers of the encoder that bitsandbytes can quantise.
     """
     encoder = {id(module) for module in model.base_model.modules()} if model.base_model is not model else set()
-    tied = _tied(model)
+    tied = tied_parameters(model)
     linears = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
     kept = [n for n, module in linears.items() if id(module) not in encoder or id(module.weight) in tied]
     # a pooler is no part of a masked LM
@@ -206,59 +207,6 @@ def dequantise(model: PreTrainedModel) -> PreTrainedModel:
     return model.float()
 
 
-def describe_quantisation(model: PreTrainedModel) -> dict[str, Any] | None:
-    """Describe a quantised base: its bits, what they apply to, and what it takes.
-
-    Args:
-        model: The base, without adapter.
-
-    Returns:
-        `bits`, `kind` (nf4, fp4 or int8), `double_quant`, `compute_dtype` (None for 8 bits), `layers` (how many),
-        `kept_float` (names of modules), `quantised_head` (names of layers), `memory`; None for a float base.
-    """
-    layers = quantised_layers(model)
-    if not layers:
-        return None
-    first = next(iter(layers.values()))
-    four = isinstance(first, Linear4bit)
-    encoder = {id(module) for module in model.base_model.modules()}
-    return {
-        "bits": 4 if four else 8,
-        "kind": first.weight.quant_type if four else "int8",
-        "double_quant": bool(four and first.weight.quant_state.nested),
-        "compute_dtype": str(first.compute_dtype).removeprefix("torch.") if four else None,
-        "layers": len(layers),
-        "kept_float": model.config.quantization_config.llm_int8_skip_modules,
-        "quantised_head": [name for name, layer in layers.items() if id(layer) not in encoder],
-        "memory": describe_memory(model),
-    }
-
-
-def describe_memory(model: PreTrainedModel) -> dict[str, int]:
-    """Count the bytes that a base's tensors take, as stored; memory that several share is counted once.
-
-    Args:
-        model: The base, without adapter.
-
-    Returns:
-        Bytes of `quantised` (weights of quantised layers with their scales and tables), `embeddings`, `head`, `other`
-        (norms, biases, buffers), `total`; and what all its weights would take as `float32` and as `bfloat16`.
-    """
-    encoder = {id(module) for module in model.base_model.modules()}
-    seen: set[int] = set()
-    taken = dict.fromkeys(("quantised", "embeddings", "head", "other"), 0)
-    # Embeddings first: a decoder that is tied to them takes nothing more.
-    for module in sorted(model.modules(), key=lambda module: not isinstance(module, nn.Embedding)):
-        part = "embeddings" if isinstance(module, nn.Embedding) else "other" if id(module) in encoder else "head"
-        for is_weight, tensor in _tensors(module):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                taken["quantised" if is_weight else part] += storage.nbytes()
-    weights = sum(parameter_count(parameter) for parameter in model.parameters())
-    return {**taken, "total": sum(taken.values()), "float32": 4 * weights, "bfloat16": 2 * weights}
-
-
 def trained_in_float32(model: nn.Module) -> bool:
     """Hold modules that are trained in full in float32 in a half-precision base; their inputs and outputs are cast.
 
@@ -347,13 +295,6 @@ def _bitsandbytes_config(arguments: ModelArguments, skipped: list[str], device: 
     )
 
 
-def _tied(model: nn.Module) -> set[int]:
-    names: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = names.get(id(parameter), 0) + 1
-    return {key for key, count in names.items() if count > 1}
-
-
 def _shortened(names: list[str], others: list[str]) -> list[str]:
     """Name whole modules where all linear layers in them are meant."""
 
@@ -393,19 +334,3 @@ def _compute_in_float32(module: nn.Module, outside: torch.dtype) -> None:
 
 def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[bool, torch.Tensor]]:
-    """Give a module's own tensors, and whether they belong to a quantised weight."""
-    for name, parameter in module.named_parameters(recurse=False):
-        is_weight = isinstance(module, Linear4bit | Linear8bitLt) and name == "weight"
-        yield is_weight, parameter.data
-    for buffer in module.buffers(recurse=False):
-        yield False, buffer
-    if isinstance(module, Linear4bit):
-        state = module.weight.quant_state
-        extra = [state.absmax, state.code]
-        extra += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-        yield from ((True, tensor) for tensor in extra)
-    elif isinstance(module, Linear8bitLt):
-        yield True, module.weight.SCB if module.weight.SCB is not None else module.state.SCB

@@ -19,9 +19,9 @@ from peft import PeftModel, PeftType
 from peft.tuners.adamss.layer import AdamssLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_mlm.adapter import ADAPTER
 from peft_mlm.errors import AdapterError
 
-ADAPTER = "default"
 # The running means that AdaLoRA's importance is made of.
 STATISTICS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 ASA_STATISTICS = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")

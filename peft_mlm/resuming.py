@@ -14,12 +14,12 @@ import torch
 from peft import PeftModel, PeftType
 from safetensors.torch import load_file, save_file
 
+from peft_mlm.adapter import ADAPTER
 from peft_mlm.errors import RunFolderError
 from peft_mlm.initialization import Matrices
 from peft_mlm.rank_schedule import schedule_state
 
 TRAINING_STATE = "training_state.safetensors"
-ADAPTER = "default"
 
 
 def write_training_state(model: PeftModel, folder: Path, initial: Mapping[str, Matrices]) -> None:

@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import AdapterError
 from peft_mlm.heads import outermost, tied_parameters, untied_modules
+from peft_mlm.probing import evaluating, probe_inputs
 from peft_mlm.untying import decoder_reads_embeddings
 
 ALL_LINEAR = "all-linear"
-PROBE_TOKENS = 16
 
 
 def encoder_linears(model: PreTrainedModel) -> list[str]:
@@ -221,14 +221,12 @@ def _reached_by_gradient(model: PreTrainedModel, layers: Mapping[str, nn.Module]
 
         return hook
 
-    was_training, needed = model.training, {p: p.requires_grad for p in model.parameters()}
+    needed = {p: p.requires_grad for p in model.parameters()}
     handles = [module.register_forward_hook(watch(name)) for name, module in layers.items()]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(PROBE_TOKENS, device=model.device).remainder(vocabulary).unsqueeze(0)
     try:
-        model.eval().requires_grad_(False)
-        with torch.enable_grad():
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        model.requires_grad_(False)
+        with evaluating(model), torch.enable_grad():
+            logits = model(**probe_inputs(model)).logits
             if logits.requires_grad:
                 logits.float().pow(2).sum().backward()
     finally:
@@ -236,7 +234,6 @@ def _reached_by_gradient(model: PreTrainedModel, layers: Mapping[str, nn.Module]
             handle.remove()
         for parameter, requires_grad in needed.items():
             parameter.requires_grad_(requires_grad)
-        model.train(was_training)
     return reached
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from peft_mlm.errors import ModelError
 from peft_mlm.heads import tied_parameters
+from peft_mlm.probing import evaluating
 
 
 def decoder_reads_embeddings(model: PreTrainedModel) -> bool:
@@ -28,17 +29,14 @@ def decoder_reads_embeddings(model: PreTrainedModel) -> bool:
     """
     weight = model.get_input_embeddings().weight
     ids = torch.zeros((1, 4), dtype=torch.long, device=weight.device)
-    row, was_training = weight[-1].detach().clone(), model.training
-    try:
-        model.eval()
-        with torch.no_grad():
+    row = weight[-1].detach().clone()
+    with evaluating(model), torch.no_grad():
+        try:
             before = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             weight[-1] += 1
             after = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    finally:
-        with torch.no_grad():
+        finally:
             weight[-1] = row
-        model.train(was_training)
     return not torch.equal(before, after)
 
 

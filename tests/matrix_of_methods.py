@@ -25,7 +25,7 @@ from transformers import AutoModelForMaskedLM, BitsAndBytesConfig, PreTrainedMod
 from peft_mlm.adapter import cast_with_adapter, load_adapter, plan_adapter, save_adapter, wrap
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.methods import METHODS, VARIANTS, Base
-from tests.tiny import tiny_model
+from tests.tiny import difference, logits_at, tiny_model
 
 IDS = torch.tensor([[0, 5, 9, 4, 13, 4, 20, 2], [0, 6, 4, 8, 8, 17, 24, 2]])
 LABELS = torch.where(IDS == 4, 7, -100)
@@ -262,14 +262,7 @@ def reload(model: PreTrainedModel, saved: Path) -> PeftModel:
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     """Logits of the two rows, in evaluation mode."""
-    with torch.no_grad():
-        given: torch.Tensor = model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
-    return given
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest difference of any logit."""
-    return (one - other).abs().max().item()
+    return logits_at(model, IDS)
 
 
 @contextlib.contextmanager

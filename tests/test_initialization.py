@@ -25,7 +25,7 @@ from peft_mlm.errors import AdapterError
 from peft_mlm.initialization import initialise, rewrite_for_untouched_base
 from peft_mlm.merging import merge_adapter
 from peft_mlm.run_folder import RunFolder
-from tests.tiny import letter_texts, letter_tokenizer, perturb, save_base, save_texts, tiny_model
+from tests.tiny import difference, letter_texts, letter_tokenizer, logits_at, perturb, save_base, save_texts, tiny_model
 
 IDS = torch.tensor([[0, 5, 9, 4, 13, 4, 20, 2], [0, 6, 4, 8, 8, 17, 24, 2]])
 ROWS = Dataset.from_dict({"input_ids": letter_tokenizer()(letter_texts(64))["input_ids"]})
@@ -65,13 +65,7 @@ def save(model: PeftModel, initial: Any, folder: Path) -> Path:
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
-    return result
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return (one - other).abs().max().item()
+    return logits_at(model, IDS)
 
 
 @pytest.mark.parametrize("start", [*EDITING, "eva", "mica"])

@@ -20,6 +20,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig
 from peft_mlm.adaptation import adapt
 from peft_mlm.adapter import count_parameters, plan_adapter, save_adapter, wrap
 from peft_mlm.arguments import ModelArguments, PEFTArguments
+from peft_mlm.base_memory import describe_memory
 from peft_mlm.base_recipe import write_base_recipe
 from peft_mlm.collator import from_tokenizer
 from peft_mlm.config import read_arguments
@@ -31,7 +32,6 @@ from peft_mlm.model import load_base
 from peft_mlm.quantization import (
     dequantise,
     dequantised_weight,
-    describe_memory,
     is_quantised,
     quantised_layers,
     resolve_compute_dtype,

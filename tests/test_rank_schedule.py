@@ -25,7 +25,7 @@ from peft_mlm.rank_schedule import (
 )
 from peft_mlm.run_folder import RunFolder
 from peft_mlm.trainer import MaskedLMTrainer, build_training_arguments, saver
-from tests.tiny import letter_texts, letter_tokenizer, tiny_model
+from tests.tiny import difference, letter_texts, letter_tokenizer, logits_at, tiny_model
 
 TARGETS = r".*\.(query|value)"
 LAYERS = 4
@@ -85,13 +85,7 @@ def logged(folder: Path, key: str) -> list[Any]:
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
-    return result
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return (one - other).abs().max().item()
+    return logits_at(model, IDS)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

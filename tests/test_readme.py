@@ -34,7 +34,7 @@ def test_the_layout_lists_every_module_but_the_parts_of_a_listed_one() -> None:
     there = {file.stem for file in (ROOT / "peft_mlm").glob("*.py")}
     assert listed <= there
     parts = {"argument_fields", "argument_rules", "argument_sources", "argument_types", "renamed_arguments"}
-    parts |= {"quantization_rules", "method_options", "peft_rules", "settled_arguments"}
+    parts |= {"quantization_rules", "method_options", "peft_rules", "settled_arguments", "dataclass_source"}
     assert there - listed <= parts | {"text_formats", "errors", "__init__", "__main__"}
 
 

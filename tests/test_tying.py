@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from peft_mlm.adapter import load_adapter, plan_adapter, save_adapter, wrap
@@ -20,20 +19,14 @@ from peft_mlm.heads import tied_parameters
 from peft_mlm.merging import is_tied, merge_adapter
 from peft_mlm.model import Base, load_base
 from peft_mlm.untying import decoder_reads_embeddings, keep_ties_of_checkpoint, untie_embeddings
-from tests.tiny import MODEL_TYPES, letter_tokenizer, perturb, save_base, tiny_model
+from tests.tiny import MODEL_TYPES, difference, letter_tokenizer, logits_at, perturb, save_base, tiny_model
 
 IDS = torch.tensor([[0, 5, 9, 4, 13, 4, 20, 2], [0, 6, 4, 8, 8, 17, 24, 2]])
 FEW_TYPES = ("bert", "esm", "modernbert", "electra")
 
 
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        given: torch.Tensor = model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
-    return given
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return (one - other).abs().max().item()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return logits_at(model, IDS)
 
 
 def lora(**options: Any) -> PEFTArguments:

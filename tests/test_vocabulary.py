@@ -19,7 +19,7 @@ from peft_mlm.errors import AdapterError, ModelError
 from peft_mlm.merging import is_tied, merge_adapter
 from peft_mlm.model import Base, load_base
 from peft_mlm.vocabulary import fit_vocabulary, growth_code, row_tables
-from tests.tiny import MODEL_TYPES, letter_tokenizer, perturb, save_base, save_encoder, tiny_model
+from tests.tiny import MODEL_TYPES, difference, letter_tokenizer, perturb, save_base, save_encoder, tiny_model
 
 # Types with something of their own to grow: columns beside the decoder, tables beside the embeddings, sizes that
 # modules keep, decoders that are not tied, a config that does not say that they are.
@@ -47,10 +47,6 @@ def logits(model: torch.nn.Module, ids: torch.Tensor = NEW) -> torch.Tensor:
         given = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     assert isinstance(given, torch.Tensor)
     return given
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return (one - other).abs().max().item()
 
 
 def base_with_tokens(folder: Path, **options: Any) -> Base:

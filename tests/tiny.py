@@ -159,6 +159,18 @@ def save_texts(path: Path, count: int, **options: int) -> Path:
     return path
 
 
+def logits_at(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of rows without padding, in evaluation mode."""
+    with torch.no_grad():
+        given: torch.Tensor = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return given
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference of any number."""
+    return (one - other).abs().max().item()
+
+
 def perturb(model: torch.nn.Module, *, seed: int = 1, scale: float = 0.1) -> None:
     """Move every trainable parameter, as training would, so that an adapter does something."""
     generator = torch.Generator().manual_seed(seed)

@@ -158,6 +158,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
         with_adapter_tokenizer,
         with_base_of_adapter,
     )
+    from peft_mlm.batching import LengthBatches, row_lengths
     from peft_mlm.corpus import build_collators, build_corpus
     from peft_mlm.data import load_text
     from peft_mlm.data_passes import DataPass
@@ -183,12 +184,15 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     half = training.fp16 or training.bf16
     collators = build_collators(corpus, arguments.data, base.tokenizer, seed=training.seed, half_precision=half)
     rows = corpus.rows["train"]
+    most = arguments.data.max_tokens_per_batch
+    size = training.train_batch_size
+    by_tokens = None if most is None else LengthBatches(row_lengths(rows), batch_size=size, max_tokens=most)
     adapted = adapt(
         base,
         arguments,
         adapter,
         data=DataPass(rows, collators[0], training.per_device_train_batch_size, training.seed, training.device),
-        total_steps=planned_steps(len(rows), training, batches=_batches_of_tokens(arguments, rows, training)),
+        total_steps=planned_steps(len(rows), training, batches=None if by_tokens is None else len(by_tokens)),
         checkpoint=checkpoint,
     )
     _tell((*base.notices, *corpus.notices, *adapted.notices))
@@ -249,16 +253,6 @@ def _tell(notices: Iterable[str]) -> None:
     if is_first_process():
         for notice in notices:
             logger.info(notice)
-
-
-def _batches_of_tokens(arguments: Arguments, rows: Any, training: Any) -> int | None:
-    """Count the batches of an epoch where they are measured in tokens."""
-    from peft_mlm.batching import LengthBatches, row_lengths
-
-    most = arguments.data.max_tokens_per_batch
-    if most is None:
-        return None
-    return len(LengthBatches(row_lengths(rows), batch_size=training.train_batch_size, max_tokens=most))
 
 
 def _build_trainer(
