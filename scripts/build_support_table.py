@@ -222,9 +222,10 @@ and *merge*: in float32, against the model that was trained.
 
 ## Methods
 
-`--peft_method NAME`. Each cell: the difference after *reload* on the untouched base, and after the *merge*. On a
-quantised base the merge is into the dequantised one, with which it is compared; in 8 bits the inputs of layers are
-rounded too, which a dequantised layer does not do.
+`--peft_method NAME`. Each cell: the difference after *reload* on the untouched base (float32), and after the *merge*,
+both sides computed in float64, since in float32 the order of sums alone makes up to 1e-5. On a quantised base the merge
+is into the dequantised one, with which it is compared; in 8 bits the inputs of layers are rounded too, which a
+dequantised layer does not do.
 
 | method | name | float | nf4 | fp4 | int8 | starts as |
 | --- | --- | --- | --- | --- | --- | --- |
