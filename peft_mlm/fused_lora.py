@@ -41,7 +41,7 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
             del layer.forward
 
 
-def _can_be_fused(layer: nn.Module) -> bool:
+def _can_be_fused(layer: Any) -> bool:
     if type(layer) is not Linear or type(layer.base_layer) is not nn.Linear or layer.fan_in_fan_out:
         return False
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -99,7 +99,7 @@ class _LoRALinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         rows, weight, a, b, inner = ctx.saved_tensors
-        for_x, for_a, for_b = ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5]
+        for_x, _, _, for_a, for_b, _ = ctx.needs_input_grad
         of_x = of_a = of_b = None
         if for_x or for_a:
             of_inner = (gradient @ b).mul_(ctx.scaling)

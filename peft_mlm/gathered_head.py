@@ -68,7 +68,8 @@ def find_door(model: PreTrainedModel | PeftModel) -> Door | None:
 
 def _receiver_of_hidden_state(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[str | None, torch.Tensor]:
     """Name the first module after the encoder that gets its last hidden state, and give the logits."""
-    base, seen = base_of(model), {}
+    base = base_of(model)
+    seen: dict[str, Any] = {}
     within = {id(module) for module in base.base_model.modules()}
     outside = [(name, one) for name, one in base.named_modules() if one is not base and id(one) not in within]
 
@@ -147,8 +148,8 @@ def sum_over_masked(
     if door is None or len(targets) == 0:
         return function(model(**inputs).logits[chosen], targets)
     base = base_of(model)
-    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
-        door = Door(door.head)  # layers run once more in the backward pass, without our hooks
+    if door.last_layer is not None and _runs_again(base, door.last_layer):
+        door = Door(door.head)
     vocabulary = base.get_input_embeddings().weight.shape[0]
     at_once = max(1, logits_bytes // (4 * vocabulary))
     if len(targets) <= at_once:
@@ -196,10 +197,21 @@ def _in_pieces(
     return total
 
 
+def _runs_again(base: PreTrainedModel, name: str) -> bool:
+    """Tell whether a module is run once more in the backward pass (activation checkpointing), without our hooks."""
+    module: nn.Module = base
+    for part in name.split("."):
+        if getattr(module, "gradient_checkpointing", False):
+            return True
+        module = getattr(module, part)
+    return False
+
+
 @contextlib.contextmanager
 def _narrowed(base: PreTrainedModel, door: Door, chosen: torch.Tensor) -> Iterator[None]:
     """Hand on the chosen rows alone, (1, N, H): from the last layer on, or from the head where that was passed over."""
-    where, picked = chosen.flatten().nonzero()[:, 0], []
+    where = chosen.flatten().nonzero()[:, 0]
+    picked: list[bool] = []
 
     def pick(hidden: torch.Tensor) -> torch.Tensor:
         if picked:
