@@ -61,18 +61,22 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **options: Any) -> torch.T
     if not plain:
         return type(layer).forward(layer, x, *args, **options)
     base, (name,) = layer.base_layer, names
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     device, weight, bias = x.device.type, base.weight, base.bias
+    # Views are taken out here: a model may change the result in place (DeBERTa), which views made within forbid.
+    rows = x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    elif not x.dtype == weight.dtype == a.dtype == b.dtype:
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            result = _LoRALinear.apply(rows.to(dtype), weight.to(dtype), bias, a, b, scaling)
+    elif x.dtype == weight.dtype == a.dtype == b.dtype:
+        result = _LoRALinear.apply(rows, weight, bias, a, b, scaling)
+    else:
         # PEFT then computes its part in the adapter's type: its own code keeps to that.
         return type(layer).forward(layer, x)
-    with torch.autocast(device, enabled=False):
-        # Views are taken out here: a model may change the result in place (DeBERTa), which views made within forbid.
-        rows: torch.Tensor = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, layer.scaling[name])
-    return rows.view(*x.shape[:-1], -1)
+    viewed: torch.Tensor = result.view(*x.shape[:-1], -1)
+    return viewed
 
 
 class _LoRALinear(torch.autograd.Function):
