@@ -5,10 +5,12 @@ It gets ready, says so by a line of JSON, and does one turn, with its figures on
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ class Work:
         sizes: Changes to its default config, whose sizes are the base models'.
         vocab_size: Rows of its vocabulary.
         batch: Rows per batch.
-        line_by_line: One row per sentence, else rows of 128 tokens.
+        line_by_line: The texts are sentences, in training one a row; else paragraphs, in rows of 128 tokens.
         kind: train, rows or evaluate.
         times: How many times the usual number of steps, where steps are short.
     """
@@ -56,13 +58,14 @@ WORKS = {
     "packed": Work("packed 128 × 16, MiniLM size", "bert", MINILM, 30_522, 16, times=2),
     "bert": Work("packed 128 × 8, bert-base size", "bert", {}, 30_522, 8),
     "xlmr": Work("packed 128 × 4, XLM-R-base size, vocabulary 250 k", "xlm-roberta", {}, 250_002, 4),
-    "rows": Work("tokenise + pack, rows of 128", "bert", MINILM, 30_522, 16, kind="rows"),
+    "rows": Work("tokenise + pack, paragraphs into rows of 128", "bert", MINILM, 30_522, 16, kind="rows"),
+    "sentences": Work("tokenise + pack, sentences into rows of 128", "bert", MINILM, 30_522, 16, True, kind="rows"),
     "evaluate": Work("evaluation with accuracy, vocabulary 250 k", "xlm-roberta", {}, 250_002, 8, kind="evaluate"),
 }
 
 
 def make_texts(tokenizer: Any, count: int, lengths: tuple[float, float]) -> Any:
-    """Texts whose numbers of words are log-normal, each a token, drawn by Zipf's law from the vocabulary's whole words."""
+    """Texts of words that are a token each: their numbers log-normal, the words by Zipf's law."""
     import numpy as np
     from datasets import Dataset
 
@@ -281,28 +284,58 @@ def evaluation_turn(trainer: Any, rows: Any, work: Work, steps: int) -> dict[str
     return {"tokens_per_second": tokens / seconds, "step_bytes": first, "step_bytes_of_four": memory("VmHWM") - held}
 
 
-def rows_turn(tokenizer: Any, make_rows: Callable[..., Any]) -> dict[str, float]:
+@contextlib.contextmanager
+def anonymous_peak() -> Iterator[list[int]]:
+    """Watch the memory that is no file's, 200 times a second; give its peak above the start, in bytes, at the end.
+
+    Pages of files that are read through the memory count as resident too, but the system takes them back at will.
+    """
+    peak, over = [0], threading.Event()
+    start = memory("RssAnon")
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            peak[0] = max(peak[0], memory("RssAnon") - start)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+
+
+def rows_turn(
+    tokenizer: Any, make_rows: Callable[..., Any], lengths: tuple[float, float], folder: Path
+) -> dict[str, float]:
     """Tokenise and pack 40,000 texts, next to the raw tokenizer on the same; then four times as many."""
-    texts = make_texts(tokenizer, 160_000, PARAGRAPHS)
-    some = texts.select(range(40_000)).flatten_indices()
-    plain = [text for batch in some.iter(1000) for text in batch["text"]]
+    from datasets import load_from_disk
+
+    for count in (40_000, 160_000):
+        if not (folder / str(count)).exists():
+            make_texts(tokenizer, count, lengths).save_to_disk(folder / str(count))
+    texts, more = (load_from_disk(folder / str(count)) for count in (40_000, 160_000))
+    plain = [text for batch in texts.iter(1000) for text in batch["text"]]
     started, tokens = time.perf_counter(), 0
     for start in range(0, len(plain), 1000):
         encoded = tokenizer._tokenizer.encode_batch_fast(plain[start : start + 1000], add_special_tokens=False)
         tokens += sum(len(one) for one in encoded)
     raw = time.perf_counter() - started
     del plain, encoded
-    held = forget_peak()
-    started = time.perf_counter()
-    make_rows(some, tokenizer, line_by_line=False)
-    seconds, first = time.perf_counter() - started, memory("VmHWM") - held
-    held = forget_peak()
-    make_rows(texts, tokenizer, line_by_line=False)
+    forget_peak()
+    with anonymous_peak() as of_one:
+        started = time.perf_counter()
+        make_rows(texts, tokenizer, line_by_line=False)
+        seconds = time.perf_counter() - started
+    forget_peak()
+    with anonymous_peak() as of_four:
+        make_rows(more, tokenizer, line_by_line=False)
     return {
         "tokens_per_second": tokens / seconds,
-        "step_bytes": first,
+        "step_bytes": of_one[0],
         "times_the_raw_tokenizer": seconds / raw,
-        "step_bytes_of_four": memory("VmHWM") - held,
+        "step_bytes_of_four": of_four[0],
     }
 
 
@@ -326,7 +359,7 @@ def turns(name: str, variant: str, steps: int, folder: Path) -> Iterator[dict[st
     if work.kind == "rows":
         yield {}
         while True:
-            yield rows_turn(tokenizer, make_rows)
+            yield rows_turn(tokenizer, make_rows, SENTENCES if work.line_by_line else PARAGRAPHS, folder)
     texts = make_texts(tokenizer, 4000, SENTENCES if work.line_by_line else PARAGRAPHS)
     rows = make_rows(texts, tokenizer, line_by_line=work.line_by_line)
     model, values = make_model(work), settings(work, steps, folder)
