@@ -353,7 +353,7 @@ def turns(name: str, variant: str, steps: int, folder: Path) -> Iterator[dict[st
     from tests.checkpoints import minilm
 
     datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     make_rows: Callable[..., Any] = our_rows if ours else baseline_rows
     if work.kind == "rows":
