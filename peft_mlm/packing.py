@@ -150,7 +150,17 @@ def make_rows(
         batches = _line_rows(tokenized, max_seq_length - special, prefix, suffix)
     else:
         batches = _chunked_rows(tokenized, max_seq_length - special, prefix, suffix, separator_id)
-    key = [_RESULT_VERSION, tokenized._fingerprint, rows, max_seq_length, prefix, suffix, separator_id, num_proc, side_by_side]
+    key = [
+        _RESULT_VERSION,
+        tokenized._fingerprint,
+        rows,
+        max_seq_length,
+        prefix,
+        suffix,
+        separator_id,
+        num_proc,
+        side_by_side,
+    ]
     fingerprint = Hasher.hash(key)
     columns = ["input_ids", DOCUMENT_LENGTHS] if rows == "packed" and side_by_side else ["input_ids"]
     if not tokenized.cache_files:

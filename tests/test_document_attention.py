@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForMaskedLM
 
 from peft_mlm.collator import DOCUMENT_IDS, IGNORE_INDEX, from_tokenizer
 from peft_mlm.document_attention import documents_apart, positions_in_documents, why_not_apart
@@ -16,14 +17,17 @@ from peft_mlm.document_packing import DOCUMENT_LENGTHS
 from peft_mlm.gathered_head import find_door, sum_over_masked
 from peft_mlm.metrics import cross_entropy_sum
 from peft_mlm.model_types import MODEL_TYPES
-from tests.tiny import letter_tokenizer, tiny_model
+from tests.tiny import letter_tokenizer, tiny_config, tiny_model
 
 TAKE_DOCUMENTS = sorted(name for name, row in MODEL_TYPES.items() if row.documents != "none")
 OTHERS = sorted(name for name, row in MODEL_TYPES.items() if row.documents == "none" and row.refusal is None)
 # Windows that the documents here reach beyond, where the type can be told of them.
 WINDOWS = {"modernbert": {"local_attention": 8}, "modernvbert": {"local_attention": 8}}
 # Computed in float32 inside a model of float64: softmax of eager attention, tables of sines.
-IN_FLOAT32 = {(name, "eager") for name in ("eurobert", "layoutlm", "modernbert", "modernvbert", "roformer", "ultrabert", "ultravbert")}
+IN_FLOAT32 = {
+    (name, "eager")
+    for name in ("eurobert", "layoutlm", "modernbert", "modernvbert", "roformer", "ultrabert", "ultravbert")
+}
 LENGTHS = [[5, 30, 7, 4], [9, 3]]
 CASES = [(name, code) for name in TAKE_DOCUMENTS for code in ("eager", "sdpa") if code in MODEL_TYPES[name].attention]
 
@@ -108,8 +112,11 @@ def test_rows_beyond_a_window_that_the_mask_passes_over_are_found() -> None:
 
 def test_a_setting_that_mixes_documents_is_found() -> None:
     """DeBERTa-v2's largest models have a convolution over the row."""
-    model = tiny_model("deberta-v2", conv_kernel_size=3, conv_act="gelu")
-    assert "other predictions" in str(why_not_apart(model, longest=62))
+    config = tiny_config("deberta-v2")
+    config.conv_kernel_size, config.conv_act = 3, "gelu"
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    assert why_not_apart(tiny_model("deberta-v2"), longest=62) is None
+    assert why_not_apart(model, longest=62) is not None
 
 
 def test_attention_code_that_takes_no_mask_of_numbers_is_told() -> None:
@@ -163,7 +170,9 @@ def test_padding_changes_nothing_and_is_never_nan(side: str) -> None:
     assert not logits.isnan().any()
 
 
-@pytest.mark.parametrize("model_type", sorted(n for n, r in MODEL_TYPES.items() if r.positions == "table after padding"))
+@pytest.mark.parametrize(
+    "model_type", sorted(n for n, r in MODEL_TYPES.items() if r.positions == "table after padding")
+)
 def test_positions_are_those_that_the_model_counts_itself(model_type: str) -> None:
     """From the padding's on in RoBERTa and its kin, and past padding tokens that stand in the text."""
     if MODEL_TYPES[model_type].documents == "none":
