@@ -92,7 +92,7 @@ def default_training(
         given: Training arguments that were given, None where a file says null.
         adapter: Whether an adapter is trained.
         early_stopping: Whether a patience was given.
-        lengths_differ: Whether rows are single texts, or batches are measured in tokens.
+        lengths_differ: Whether rows are whole texts, or batches are measured in tokens.
 
     Returns:
         Values by name, and for each where it comes from.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Rows = Literal["chunked", "line", "run_mlm"]
+Rows = Literal["chunked", "packed", "line", "run_mlm"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 NewTokenInit = Literal["mean", "pieces"]
 QuantType = Literal["nf4", "fp4"]
@@ -147,8 +147,9 @@ class DataTrainingArguments:
     rows: Rows = field(
         default="chunked",
         metadata={
-            "help": "chunked: texts side by side, cut to max_seq_length, nothing lost; line: one row per text; "
-            "run_mlm: exactly the rows of HuggingFace's run_mlm.py."
+            "help": "chunked: texts side by side, cut to max_seq_length, nothing lost; packed: whole texts side by "
+            "side, each read as if it stood alone; line: one row per text; run_mlm: exactly the rows of HuggingFace's "
+            "run_mlm.py."
         },
     )
     line_by_line: bool = field(default=False, metadata={"help": "The same as --rows line."})

@@ -14,12 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from peft_mlm.document_packing import DOCUMENT_LENGTHS
 from peft_mlm.errors import ArgumentsError, DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
+# What a batch holds where rows hold documents side by side.
+DOCUMENT_IDS = "document_ids"
 
 Hashes = npt.NDArray[np.uint64]
 Ids = npt.NDArray[np.int64]
@@ -47,6 +50,9 @@ class MaskingCollator:
     every pass, in whatever batch, order, padding, process or run. Masks for training depend on the epoch and on the
     row's place in its batch too: they are new in each epoch, two equal rows in a batch have different ones, and a run
     that is resumed goes on with the same ones. `set_epoch` reaches the worker processes of a DataLoader that are alive.
+
+    Where a row holds several documents side by side, all this is said of each document: for evaluation it is masked as
+    it would be in a row of its own.
 
     A pickled copy has an epoch of its own; the copies that torch sends to worker processes share one.
 
@@ -145,39 +151,54 @@ class MaskingCollator:
         """Make a batch.
 
         Args:
-            rows: B rows, each with `input_ids` (a list, an array or a tensor of ids); other keys are not read.
+            rows: B rows, each with `input_ids` (a list, an array or a tensor of ids), and `document_lengths` where it
+                holds documents side by side (tokens of each; their sum is the row's); other keys are not read.
 
         Returns:
             `input_ids`, `attention_mask` and `labels`: int64 tensors of shape (B, T), T the length of the longest row,
-            or `pad_to`, up to a multiple of `pad_to_multiple_of`.
+            or `pad_to`, up to a multiple of `pad_to_multiple_of`. With documents side by side `document_ids` too, the
+            number of each token's document in its row, from 1; 0 for padding.
 
         Raises:
             DataError: If a row is longer than `pad_to`.
         """
-        ids, in_row, places = self._pad([np.asarray(row["input_ids"], np.int64) for row in rows])
-        labels = np.full(ids.shape, IGNORE_INDEX, np.int64)
-        keys = self._row_keys(ids, in_row, places)
+        ids = np.concatenate([np.asarray(row["input_ids"], np.int64) for row in rows])
+        row_lengths = np.fromiter((len(row["input_ids"]) for row in rows), np.int64, len(rows))
+        in_row = self._places_of_rows(row_lengths)
+        packed = any(DOCUMENT_LENGTHS in row for row in rows)
+        per_row = [np.asarray(row.get(DOCUMENT_LENGTHS, [len(row["input_ids"])]), np.int64) for row in rows]
+        masked, labels = self._mask(ids, np.concatenate(per_row) if packed else row_lengths)
+        batch = {
+            "input_ids": _spread(masked, in_row, self.pad_id),
+            "attention_mask": torch.from_numpy(in_row.astype(np.int64)),
+            "labels": _spread(labels, in_row, IGNORE_INDEX),
+        }
+        if packed:
+            numbers = np.concatenate([np.repeat(np.arange(1, len(one) + 1), one) for one in per_row])
+            batch[DOCUMENT_IDS] = _spread(numbers, in_row, 0)
+        return batch
+
+    def _mask(self, ids: Ids, lengths: Ids) -> tuple[Ids, Ids]:
+        """Mask documents that lie end to end: the ids that the model sees, and the labels."""
+        starts = np.cumsum(lengths) - lengths
+        places = np.arange(len(ids)) - np.repeat(starts, lengths)
+        keys = np.repeat(self._keys(ids, places, starts, lengths), lengths)
+        masked, labels = ids.copy(), np.full(len(ids), IGNORE_INDEX, np.int64)
         # From here on, only what may be selected is looked at, then only what is.
-        row, column = np.nonzero(in_row & ~np.isin(ids, self.special_ids))
-        chosen = _uniform(keys[row], places[row, column], _SELECT) < self.mlm_probability
-        row, column = row[chosen], column[chosen]
-        labels[row, column] = ids[row, column]
-        keys, places = keys[row], places[row, column]
+        chosen = np.flatnonzero(~np.isin(ids, self.special_ids))
+        chosen = chosen[_uniform(keys[chosen], places[chosen], _SELECT) < self.mlm_probability]
+        labels[chosen] = ids[chosen]
+        keys, places = keys[chosen], places[chosen]
         kind = _uniform(keys, places, _KIND)
         to_mask = kind < self.mask_replace_prob
-        ids[row[to_mask], column[to_mask]] = self.mask_id
+        masked[chosen[to_mask]] = self.mask_id
         to_random = ~to_mask & (kind < self.mask_replace_prob + self.random_replace_prob)
         drawn = _uniform(keys[to_random], places[to_random], _TOKEN) * len(self.random_ids)
-        ids[row[to_random], column[to_random]] = self.random_ids[drawn.astype(np.int64)]
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(in_row.astype(np.int64)),
-            "labels": torch.from_numpy(labels),
-        }
+        masked[chosen[to_random]] = self.random_ids[drawn.astype(np.int64)]
+        return masked, labels
 
-    def _pad(self, rows: list[Ids]) -> tuple[Ids, Flags, Ids]:
-        """Pad rows to a matrix: the ids, where they are not padding, and each one's place in its own row."""
-        lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+    def _places_of_rows(self, lengths: Ids) -> Flags:
+        """Lay rows into a matrix, (B, T): true where it is not padding."""
         width = int(lengths.max())
         if self.pad_to is not None and width > self.pad_to:
             raise DataError(
@@ -187,20 +208,19 @@ class MaskingCollator:
         width = self.pad_to or width
         multiple = self.pad_to_multiple_of or 1
         width = -(-width // multiple) * multiple
-        places = np.broadcast_to(np.arange(width), (len(rows), width))
+        places = np.broadcast_to(np.arange(width), (len(lengths), width))
         if self.padding_side == "left":
             places = places - (width - lengths[:, None])
-        in_row = (places >= 0) & (places < lengths[:, None])
-        ids = np.full((len(rows), width), self.pad_id, np.int64)
-        ids[in_row] = np.concatenate(rows)
-        return ids, in_row, places
+        return (places >= 0) & (places < lengths[:, None])
 
-    def _row_keys(self, ids: Ids, in_row: Flags, places: Ids) -> Hashes:
-        """Hash each row's tokens in their order, and what else its masks depend on: shape (B,)."""
-        tokens = np.where(in_row, _hash(ids.astype(np.uint64), places.astype(np.uint64)), np.uint64(0))
-        keys = _hash(tokens.sum(axis=1, dtype=np.uint64), in_row.sum(axis=1, dtype=np.uint64))
+    def _keys(self, ids: Ids, places: Ids, starts: Ids, lengths: Ids) -> Hashes:
+        """Hash each document's tokens in their order, and what else its masks depend on: one key for each."""
+        tokens = np.zeros(len(ids) + 1, np.uint64)
+        np.cumsum(_hash(ids.astype(np.uint64), places.astype(np.uint64)), out=tokens[1:])
+        # A sum from one place to another modulo 2^64 is the difference of the sums up to them.
+        keys = _hash(tokens[starts + lengths] - tokens[starts], lengths.astype(np.uint64))
         keys = _hash(keys, self.seed)
-        return keys if self.fixed else _hash(_hash(keys, self.epoch), np.arange(len(ids), dtype=np.uint64))
+        return keys if self.fixed else _hash(_hash(keys, self.epoch), np.arange(len(lengths), dtype=np.uint64))
 
 
 def from_tokenizer(
@@ -260,6 +280,13 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """List special tokens: those with a role, and those added as special, which `all_special_ids` may leave out."""
     added = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
     return [*tokenizer.all_special_ids, *added]
+
+
+def _spread(values: Ids, in_row: Flags, padding: int) -> torch.Tensor:
+    """Lay the values of rows that lie end to end into a padded matrix."""
+    matrix = np.full(in_row.shape, padding, np.int64)
+    matrix[in_row] = values
+    return torch.from_numpy(matrix)
 
 
 def _mix(values: Hashes) -> Hashes:

@@ -259,7 +259,7 @@ def _resolve(found: _Findings, *, for_training: bool) -> Arguments:
         training_given,
         adapter=adapter,
         early_stopping="early_stopping_patience" in given,
-        lengths_differ=given.get("rows") == "line"
+        lengths_differ=given.get("rows") in ("line", "packed")
         or bool(given.get("line_by_line") or given.get("max_tokens_per_batch")),
     )
     values |= found.values | ours

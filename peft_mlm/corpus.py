@@ -9,10 +9,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_mlm.arguments import DataTrainingArguments
+from peft_mlm.arguments import DataTrainingArguments, Rows
 from peft_mlm.collator import MaskingCollator, from_tokenizer
 from peft_mlm.data import TextData
-from peft_mlm.packing import make_rows
+from peft_mlm.document_attention import why_not_apart
+from peft_mlm.packing import RowFacts, make_rows
 from peft_mlm.positions import resolve_max_seq_length
 from peft_mlm.tokenization import describe_tokens, special_token_frame, text_separator, tokenize
 
@@ -26,7 +27,7 @@ class Corpus:
 
     Attributes:
         rows: By split ("train", "validation"): a data set with `input_ids`.
-        facts: By split: source, texts, tokens, rows, dropped, truncated, unknown share, fingerprint.
+        facts: By split: source, texts, tokens, rows, dropped, truncated, unknown share, fingerprint; fill rate.
         max_seq_length: Tokens per row, special tokens included.
         notices: Sentences that the user should read.
     """
@@ -56,6 +57,12 @@ def build_corpus(
     """
     max_seq_length, notice = resolve_max_seq_length(arguments.max_seq_length, model, tokenizer)
     notices = [] if notice is None else [notice]
+    mixed = why_not_apart(model, max_seq_length) if arguments.rows == "packed" else None
+    if mixed is not None:
+        notices.append(
+            f"rows packed: documents do not stand side by side here, because {mixed}. Each has a row of its own, and "
+            "rows of like length are batched together."
+        )
     limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
     rows, facts = {}, {}
     for split, texts in text.splits.items():
@@ -65,7 +72,9 @@ def build_corpus(
             num_proc=arguments.preprocessing_num_workers,
             overwrite_cache=arguments.overwrite_cache,
         )
-        rows[split], facts[split] = _make_split(tokens, arguments, tokenizer, max_seq_length, limits[split])
+        rows[split], facts[split] = _make_split(
+            tokens, arguments, tokenizer, max_seq_length, limits[split], side_by_side=mixed is None
+        )
         facts[split] = {**text.facts[split], **facts[split]}
         notices += _remarks(split, facts[split])
     return Corpus(rows, facts, max_seq_length, tuple(notices))
@@ -110,6 +119,8 @@ def _make_split(
     tokenizer: PreTrainedTokenizerBase,
     max_seq_length: int,
     limit: int | None,
+    *,
+    side_by_side: bool,
 ) -> tuple[Dataset, dict[str, Any]]:
     prefix, suffix = special_token_frame(tokenizer)
     token_facts = asdict(describe_tokens(tokens, tokenizer))
@@ -121,15 +132,24 @@ def _make_split(
         suffix=suffix,
         separator_id=text_separator(tokenizer),
         num_proc=arguments.preprocessing_num_workers,
+        side_by_side=side_by_side,
     )
     facts = {
         "max_seq_length": max_seq_length,
         "text_tokens": token_facts["tokens"],
         **{name: token_facts[name] for name in ("unknown_tokens", "unknown_share", "longest_text")},
         **{name: value for name, value in asdict(row_facts).items() if name != "texts"},
+        "fill_rate": _fill_rate(row_facts, arguments.rows, max_seq_length, len(prefix) + len(suffix)),
         "rows_used": len(rows) if limit is None else min(limit, len(rows)),
     }
     return rows.select(range(facts["rows_used"])), facts
+
+
+def _fill_rate(facts: RowFacts, rows: Rows, max_seq_length: int, special: int) -> float | None:
+    """Share of the rows' places that documents fill, their special tokens included (packed)."""
+    if rows != "packed":
+        return None
+    return round((facts.tokens + special * facts.documents) / (max_seq_length * facts.rows), 4)
 
 
 def _remarks(split: str, facts: Mapping[str, Any]) -> list[str]:
@@ -138,7 +158,12 @@ def _remarks(split: str, facts: Mapping[str, Any]) -> list[str]:
     if facts["truncated_texts"]:
         said.append(
             f"{split}: {facts['truncated_texts']:,} texts are longer than max_seq_length {facts['max_seq_length']} and "
-            f"were cut; {facts['truncated_tokens']:,} tokens are lost. --rows chunked loses none."
+            f"were cut; {facts['truncated_tokens']:,} tokens are lost. --rows chunked and packed lose none."
+        )
+    if facts["cut_texts"]:
+        said.append(
+            f"{split}: {facts['cut_texts']:,} texts are longer than max_seq_length {facts['max_seq_length']} and were "
+            "cut into pieces; nothing is lost."
         )
     if facts["dropped_tokens"]:
         said.append(f"{split}: {facts['dropped_tokens']:,} tokens at the ends of batches are lost, as in run_mlm.")

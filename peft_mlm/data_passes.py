@@ -26,6 +26,7 @@ from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peft_mlm.document_attention import documents_apart
 from peft_mlm.errors import AdapterError
 from peft_mlm.metrics import masked_lm_loss
 from peft_mlm.quantization import is_quantised
@@ -126,7 +127,7 @@ def leave_covariances(model: PreTrainedModel, config: Any, data: DataPass) -> No
         for batch in batches:
             real = batch["attention_mask"].bool()
             handles = [module.register_forward_pre_hook(watch(name, real)) for name, module in layers.items()]
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            _run(model, batch)
             for handle in handles:
                 handle.remove()
     for name, total in covariance.items():
@@ -167,7 +168,7 @@ def eva_directions(model: PreTrainedModel, config: Any, data: DataPass) -> dict[
                 f"move. Use more rows per batch, a smaller lora_r, or a lower tau than {config.eva_config.tau} "
                 '(--peft_config \'{"eva_config": {"tau": 0.9}}\').'
             )
-        return module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return _run(module, batch)
 
     # PEFT prints to stdout which layers it skips
     with _pass_over(model, data) as batches, contextlib.redirect_stdout(io.StringIO()):
@@ -182,6 +183,11 @@ def eva_directions(model: PreTrainedModel, config: Any, data: DataPass) -> dict[
             show_progress_bar=False,
         )
     return found
+
+
+def _run(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Any:
+    with documents_apart(model, {name: tensor for name, tensor in batch.items() if name != "labels"}) as inputs:
+        return model(**inputs)
 
 
 @contextlib.contextmanager

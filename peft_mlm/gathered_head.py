@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from peft_mlm.collator import IGNORE_INDEX
+from peft_mlm.document_attention import documents_apart
 from peft_mlm.probing import evaluating, probe_inputs
 
 # Logits beyond this are computed in pieces, each thrown away and computed again for its gradient.
@@ -134,7 +135,7 @@ def sum_over_masked(
 
     Args:
         model: A masked LM, wrapped or not.
-        inputs: Its inputs, (B, T) each.
+        inputs: Its inputs, (B, T) each; `document_ids` where rows hold documents side by side.
         labels: (B, T), `IGNORE_INDEX` off-mask.
         function: Takes logits (n, V) and labels (n) of some masked positions; returns a tensor of fixed shape.
         door: From `find_door`; None runs the head on every position.
@@ -143,19 +144,20 @@ def sum_over_masked(
     Returns:
         The sum of the function's results; it carries gradients where they are on.
     """
+    base = base_of(model)
     chosen = labels != IGNORE_INDEX
     targets = labels[chosen]
-    if door is None or len(targets) == 0:
-        return function(model(**inputs).logits[chosen], targets)
-    base = base_of(model)
-    if door.last_layer is not None and _runs_again(base, door.last_layer):
-        door = Door(door.head)
-    vocabulary = base.get_input_embeddings().weight.shape[0]
-    at_once = max(1, logits_bytes // (4 * vocabulary))
-    if len(targets) <= at_once:
-        with _narrowed(base, door, chosen):
-            return function(model(**inputs).logits.flatten(0, 1), targets)
-    return _in_pieces(model, inputs, chosen, targets, function, door, at_once)
+    with documents_apart(base, inputs) as inputs:
+        if door is None or len(targets) == 0:
+            return function(model(**inputs).logits[chosen], targets)
+        if door.last_layer is not None and _runs_again(base, door.last_layer):
+            door = Door(door.head)
+        vocabulary = base.get_input_embeddings().weight.shape[0]
+        at_once = max(1, logits_bytes // (4 * vocabulary))
+        if len(targets) <= at_once:
+            with _narrowed(base, door, chosen):
+                return function(model(**inputs).logits.flatten(0, 1), targets)
+        return _in_pieces(model, inputs, chosen, targets, function, door, at_once)
 
 
 def _in_pieces(

@@ -20,6 +20,7 @@ _LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 _XLM_LINEARS = ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")
 
 Positions = Literal["table", "table after padding", "config", "none"]
+Documents = Literal["none", "mask", "masks by kind of layer", "mask of the encoder"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class ModelType:
         positions: What sets the longest row: a table of position embeddings ("table"), one whose rows up to that of the
             padding are not used ("table after padding"), `max_position_embeddings` of the config ("config": longer rows
             would run, beyond what the model has seen), or nothing ("none").
+        documents: What keeps documents side by side in a row apart, exact to rounding (`document_attention`): one mask,
+            one for each kind of layer (windows), or one that only the encoder behind the embeddings may see. Where a
+            mask passes over a window, the type serves for rows that the window spans.
         padding_shows: Whether the logits of a row change with the padding behind it, in spite of the attention mask.
         settings: Fields of the config that are set when the model is loaded.
         notice: What a user of this type should know.
@@ -54,6 +58,7 @@ class ModelType:
     mixed_precision: bool = True
     half: bool = True
     positions: Positions = "table"
+    documents: Documents = "none"
     padding_shows: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     notice: str | None = None
@@ -100,17 +105,19 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         },
         ("embedding_hidden_mapping_in", "query", "key", "value", "attention.dense", "ffn", "ffn_output"),
         checkpointing=False,
+        documents="mask",
     ),
     "bart": _refused(_ENCODER_DECODER),
-    "bert": _cls("bert"),
+    "bert": _cls("bert", documents="mask"),
     "big_bird": _cls(
         "bert",
         attention=EAGER,
         settings={"attention_type": "original_full"},
         notice="BigBird runs with full attention (attention_type original_full): transformers gives its block-sparse "
         "attention up for good at the first short row, so that results would depend on the order of rows.",
+        documents="mask",
     ),
-    "camembert": _lm_head("roberta"),
+    "camembert": _lm_head("roberta", documents="mask"),
     "convbert": ModelType(
         ("generator_predictions", "generator_lm_head"),
         "generator_lm_head",
@@ -119,35 +126,40 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         attention=EAGER,
         padding_shows=True,
     ),
-    "data2vec-text": _lm_head("data2vec_text"),
+    "data2vec-text": _lm_head("data2vec_text", documents="mask"),
     "deberta": _cls(
-        "deberta", ("in_proj", "pos_proj", "pos_q_proj", *_BERT_LINEARS[3:]), attention=EAGER, mixed_precision=False
+        "deberta", ("in_proj", "pos_proj", "pos_q_proj", *_BERT_LINEARS[3:]), attention=EAGER, mixed_precision=False,
+        documents="mask of the encoder",
     ),
     "deberta-v2": _cls(
-        "deberta", ("query_proj", "key_proj", "value_proj", *_BERT_LINEARS[3:]), attention=EAGER
+        "deberta", ("query_proj", "key_proj", "value_proj", *_BERT_LINEARS[3:]), attention=EAGER,
+        documents="mask of the encoder",
     ),
     "distilbert": ModelType(
         ("vocab_transform", "vocab_layer_norm", "vocab_projector"),
         "vocab_projector",
         {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
         _XLM_LINEARS,
+        documents="mask",
     ),
     "electra": ModelType(
         ("generator_predictions", "generator_lm_head"),
         "generator_lm_head",
         {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
         _BERT_LINEARS,
+        documents="mask",
     ),
-    "ernie": _cls("ernie"),
+    "ernie": _cls("ernie", documents="mask"),
     "esm": ModelType(
         ("lm_head",),
         "lm_head.decoder",
         {"lm_head.decoder.weight": "esm.embeddings.word_embeddings.weight"},
         _BERT_LINEARS,
         positions="table after padding",  # ESM-2 has rotary positions instead: "config"
+        documents="mask of the encoder",
     ),
-    "esmc": ModelType(("lm_head",), "lm_head.decoder", {}, _LLAMA_LINEARS, positions="config"),
-    "eurobert": ModelType(("lm_head",), "lm_head", {}, _LLAMA_LINEARS, positions="config"),
+    "esmc": ModelType(("lm_head",), "lm_head.decoder", {}, _LLAMA_LINEARS, positions="config", documents="mask"),
+    "eurobert": ModelType(("lm_head",), "lm_head", {}, _LLAMA_LINEARS, positions="config", documents="mask"),
     "flaubert": ModelType(
         ("pred_layer",),
         "pred_layer.proj",
@@ -175,18 +187,21 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         {"lm_head.decoder.weight": "gte.embeddings.word_embeddings.weight"},
         _LLAMA_LINEARS,
         positions="config",
+        documents="mask",
     ),
     "ibert": _refused(
         "its layers are of a class of its own (QuantLinear), which PEFT has no adapter for. Its weights are a "
         "RoBERTa's: adapt that checkpoint, of the type roberta."
     ),
     "jina_embeddings_v3": _lm_head(
-        "roberta", ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"), positions="config"
+        "roberta", ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"), positions="config",
+        documents="mask",
     ),
     "layoutlm": _cls(
         "layoutlm",
         attention=("eager", "sdpa"),
         notice="LayoutLM reads the places of words on a page too; text alone has none, and every word gets place 0.",
+        documents="mask of the encoder",
     ),
     "longformer": _lm_head("longformer", attention=EAGER),
     "luke": ModelType(
@@ -199,9 +214,10 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         _BERT_LINEARS,
         attention=EAGER,
         positions="table after padding",
+        documents="mask",
     ),
     "mbart": _refused(_ENCODER_DECODER),
-    "megatron-bert": _cls("bert", attention=EAGER),
+    "megatron-bert": _cls("bert", attention=EAGER, documents="mask"),
     "mobilebert": _cls(
         "mobilebert",
         (*_BERT_LINEARS, "embedding_transformation", "bottleneck.dense", "input.dense", "bottleneck.attention.dense"),
@@ -213,6 +229,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         {"decoder.weight": "model.embeddings.tok_embeddings.weight"},
         ("Wqkv", "Wo", "Wi"),
         positions="config",
+        documents="masks by kind of layer",
     ),
     "modernvbert": ModelType(
         ("projection_head", "lm_head"),
@@ -221,9 +238,11 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         ("Wqkv", "Wo", "Wi"),
         positions="config",
         notice=_IMAGES,
+        documents="masks by kind of layer",
     ),
     "mpnet": _lm_head(
-        "mpnet", ("q", "k", "v", "o", *_BERT_LINEARS[3:]), attention=EAGER, checkpointing=False
+        "mpnet", ("q", "k", "v", "o", *_BERT_LINEARS[3:]), attention=EAGER, checkpointing=False,
+        documents="mask",
     ),
     "mra": _refused(
         "its attention exists as a CUDA kernel only, and where that is missing transformers puts zeros in its place "
@@ -241,7 +260,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         positions="config",
         notice=_IMAGES,
     ),
-    "nomic_bert": _cls("nomic_bert", _LLAMA_LINEARS, positions="config"),
+    "nomic_bert": _cls("nomic_bert", _LLAMA_LINEARS, positions="config", documents="mask"),
     "nystromformer": _cls("nystromformer", attention=EAGER, padding_shows=True),
     "perceiver": _refused(
         "it predicts all of its positions whatever the length of the row, and uses its embedding matrix as decoder in "
@@ -257,16 +276,18 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         {},
         (*_BERT_LINEARS, "embedding_hidden_mapping_in"),
         attention=EAGER,
+        documents="mask",
     ),
-    "roberta": _lm_head("roberta"),
-    "roberta-prelayernorm": _lm_head("roberta_prelayernorm"),
+    "roberta": _lm_head("roberta", documents="mask"),
+    "roberta-prelayernorm": _lm_head("roberta_prelayernorm", documents="mask"),
     "roc_bert": _cls(
         "roc_bert",
         (*_BERT_LINEARS, "map_inputs_layer"),
         notice="RoCBert reads shapes and pronunciations of characters too; rows hold tokens alone here, and the model "
         "sees the same shape and pronunciation (number 0) everywhere.",
+        documents="mask",
     ),
-    "roformer": _cls("roformer", attention=EAGER),
+    "roformer": _cls("roformer", attention=EAGER, documents="mask"),
     "squeezebert": _cls(
         "transformer",
         ("post_attention.conv1d",),
@@ -274,14 +295,16 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         checkpointing=False,
         notice="SqueezeBERT's layers are convolutions in groups, which PEFT can train and cannot merge, but for those "
         "after the attention: by default these alone are adapted.",
+        documents="mask",
     ),
     "tapas": _cls(
         "tapas",
         attention=EAGER,
         positions="config",  # its numbers stop at the last row of the table
         notice="TAPAS reads tables and questions about them; text alone is read as a question without a table.",
+        documents="mask",
     ),
-    "ultrabert": ModelType(("head",), "head.decoder", {}, _LLAMA_LINEARS, positions="config"),
+    "ultrabert": ModelType(("head",), "head.decoder", {}, _LLAMA_LINEARS, positions="config", documents="mask"),
     "ultravbert": ModelType(
         ("projection_head", "lm_head"),
         "lm_head",
@@ -289,6 +312,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         (r"model\.text_model\..*\.(q|k|v|o|gate|up|down)_proj",),
         positions="config",
         notice=_IMAGES,
+        documents="mask",
     ),
     "xlm": ModelType(
         ("pred_layer",),
@@ -298,12 +322,13 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         attention=EAGER,
         checkpointing=False,
     ),
-    "xlm-roberta": _lm_head("roberta"),
-    "xlm-roberta-xl": _lm_head("roberta"),
+    "xlm-roberta": _lm_head("roberta", documents="mask"),
+    "xlm-roberta-xl": _lm_head("roberta", documents="mask"),
     "xmod": _lm_head(
         "roberta",
         (*_BERT_LINEARS, "adapter_modules.{default_language}.dense1", "adapter_modules.{default_language}.dense2"),
         mixed_precision=False,
+        documents="mask",
     ),
     "yoso": _cls("yoso", attention=EAGER, padding_shows=True),
 }  # fmt: skip

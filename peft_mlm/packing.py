@@ -1,12 +1,14 @@
 """Token ids to rows: what one sequence of the model holds.
 
-Three ways, on the texts `a b c d` and `e f`, with at most 5 tokens per row, special tokens `<` and `>`, and `|` between
+Four ways, on the texts `a b c d` and `e f`, with at most 5 tokens per row, special tokens `<` and `>`, and `|` between
 texts:
 
 chunked   `< a b c >` `< d | e >` `< f >`: texts side by side, cut where a row is full; no token is lost
 line      `< a b c >` `< e f >`: one row per text, cut at its end (`d` is lost)
 run_mlm   `< a b c d` `> < e f >`: the rows of run_mlm.py: framed texts end to end, cut anywhere; what does not fill the
           last row of a batch of 1000 texts is lost
+packed    `< a b c >` `< e f >` `< d >`: whole texts side by side, each with its special tokens, those that fit a row
+          together (here none do); too long ones in pieces, no token is lost; `document_lengths` tells them apart
 
 The work is array arithmetic on Arrow buffers, over one batch of texts at a time: memory does not grow with the corpus.
 """
@@ -27,13 +29,14 @@ from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
 
 from peft_mlm.arguments import Rows
+from peft_mlm.document_packing import DOCUMENT_LENGTHS, WINDOW, cut_documents, gather, pack
 from peft_mlm.errors import ArgumentsError, DataError
 
 Ids = npt.NDArray[np.int32]
 Lengths = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-_ROW_FEATURES = Features({"input_ids": List(Value("int32"))})
+_TOKENS = List(Value("int32"))
 # run_mlm's rows depend on it: datasets.map hands over 1000 texts at a time.
 _BATCH_SIZE = 1000
 _WRITE_SIZE = 1000
@@ -56,6 +59,8 @@ class RowFacts:
         truncated_tokens: Tokens lost by that.
         dropped_tokens: Tokens lost where a batch of texts does not fill its last row (run_mlm).
         short_rows: Rows with fewer than max_seq_length tokens, special tokens included.
+        documents: Texts and pieces of texts that stand in the rows on their own (packed).
+        cut_texts: Texts that are longer than a row and were cut into pieces (packed).
     """
 
     rows: int = 0
@@ -66,6 +71,8 @@ class RowFacts:
     truncated_tokens: int = 0
     dropped_tokens: int = 0
     short_rows: int = 0
+    documents: int = 0
+    cut_texts: int = 0
 
 
 def make_rows(
@@ -77,6 +84,7 @@ def make_rows(
     suffix: list[int],
     separator_id: int | None,
     num_proc: int | None = None,
+    side_by_side: bool = True,
 ) -> tuple[Dataset, RowFacts]:
     """Make the model's rows of the tokens of texts.
 
@@ -86,23 +94,28 @@ def make_rows(
     together with prefix and suffix. A piece never starts or ends with a separator: there it is left out. The last piece
     may be short. The rows depend on the order of the texts and on nothing else.
 
+    packed: the texts, framed by prefix and suffix, side by side in as few rows as a window of some thousand of them
+    allows; texts longer than a row are cut into pieces first. They are told apart by the column `document_lengths`.
+
     run_mlm: the rows of run_mlm.py, for comparison with its results. A row starts and ends anywhere.
 
     Args:
         tokenized: Data set with the column `input_ids` (list of int32, without special tokens), one list per text.
-        rows: chunked (default), line, or run_mlm.
+        rows: chunked (default), line, packed, or run_mlm.
         max_seq_length: Tokens per row at most, special tokens included.
         prefix: Special tokens at the start of a row (run_mlm: of a text); may be empty.
         suffix: Special tokens at the end of a row (run_mlm: of a text); may be empty.
         separator_id: Token between two texts in a row (chunked); None to put nothing between them.
         num_proc: What run_mlm.py got as `preprocessing_num_workers`: its rows depend on it, as each process has batches
             of its own. It changes the rows of run_mlm only, and starts no process.
+        side_by_side: Whether packed rows hold several texts (default), or one text or piece each.
 
     Returns:
-        Data set with the one column `input_ids` (list of int32), and the counts.
+        Data set with the column `input_ids` (list of int32), and `document_lengths` (the same; tokens of each document)
+        where documents stand side by side; and the counts.
 
     Raises:
-        ArgumentsError: If `rows` is not one of the three, or `max_seq_length` leaves no room for a token.
+        ArgumentsError: If `rows` is not one of these, or `max_seq_length` leaves no room for a token.
         DataError: If the texts give no row at all.
 
     Example:
@@ -133,15 +146,28 @@ def make_rows(
         )
     if rows == "run_mlm":
         batches = _run_mlm_rows(tokenized, max_seq_length, prefix, suffix, num_proc or 1)
+    elif rows == "packed":
+        batches = _packed_rows(tokenized, max_seq_length - special, prefix, suffix, side_by_side)
     elif rows == "line":
         batches = _line_rows(tokenized, max_seq_length - special, prefix, suffix)
     else:
         batches = _chunked_rows(tokenized, max_seq_length - special, prefix, suffix, separator_id)
-    key = [_RESULT_VERSION, tokenized._fingerprint, rows, max_seq_length, prefix, suffix, separator_id, num_proc]
+    key = [
+        _RESULT_VERSION,
+        tokenized._fingerprint,
+        rows,
+        max_seq_length,
+        prefix,
+        suffix,
+        separator_id,
+        num_proc,
+        side_by_side,
+    ]
     fingerprint = Hasher.hash(key)
+    columns = ["input_ids", DOCUMENT_LENGTHS] if rows == "packed" and side_by_side else ["input_ids"]
     if not tokenized.cache_files:
         buffer = pa.BufferOutputStream()
-        facts = _write(batches, buffer, fingerprint, max_seq_length)
+        facts = _write(batches, buffer, fingerprint, max_seq_length, columns)
         _check_rows(facts, rows, max_seq_length)
         return Dataset.from_buffer(buffer.getvalue(), split=tokenized.split), facts
     # A name that Dataset.cleanup_cache_files() knows.
@@ -149,7 +175,7 @@ def make_rows(
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with unfinished.open("wb") as file:
-            facts = _write(batches, file, fingerprint, max_seq_length)
+            facts = _write(batches, file, fingerprint, max_seq_length, columns)
         _check_rows(facts, rows, max_seq_length)
         unfinished.replace(path)  # whoever reads an older file of this name goes on reading that
     finally:
@@ -172,7 +198,7 @@ def _check_rows(facts: RowFacts, rows: Rows, max_seq_length: int) -> None:
 
 def _line_rows(
     tokenized: Dataset, capacity: int, prefix: list[int], suffix: list[int]
-) -> Iterator[tuple[pa.ListArray, RowFacts]]:
+) -> Iterator[tuple[pa.Table, RowFacts]]:
     """Give one row per text that has tokens."""
     for ids, lengths in _text_batches(tokenized):
         kept = np.minimum(lengths, capacity)
@@ -182,7 +208,7 @@ def _line_rows(
             content = ids[place < capacity]
         values, offsets, _ = _frame(content, kept[kept > 0], prefix, suffix)
         yield (
-            _list_array(values, offsets),
+            _table(values, offsets),
             RowFacts(
                 tokens=len(content),
                 texts=len(lengths),
@@ -195,7 +221,7 @@ def _line_rows(
 
 def _chunked_rows(
     tokenized: Dataset, capacity: int, prefix: list[int], suffix: list[int], separator_id: int | None
-) -> Iterator[tuple[pa.ListArray, RowFacts]]:
+) -> Iterator[tuple[pa.Table, RowFacts]]:
     """Give the full pieces of each batch of texts; what does not fill a piece goes on with the next batch."""
     stream, is_content = np.empty(0, np.int32), np.empty(0, np.bool_)
     # A separator before each text, rather than between two: the first is at the edge of a piece, thus left out.
@@ -242,17 +268,17 @@ def _cut(stream: Ids, is_content: Flags, capacity: int) -> tuple[list[Ids], int]
         start = end
 
 
-def _framed_pieces(pieces: list[Ids], prefix: list[int], suffix: list[int]) -> pa.ListArray:
+def _framed_pieces(pieces: list[Ids], prefix: list[int], suffix: list[int]) -> pa.Table:
     """Put prefix and suffix around each piece."""
     lengths = np.fromiter((len(piece) for piece in pieces), np.int64, len(pieces))
     content = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
     values, offsets, _ = _frame(content, lengths, prefix, suffix)
-    return _list_array(values, offsets)
+    return _table(values, offsets)
 
 
 def _run_mlm_rows(
     tokenized: Dataset, max_seq_length: int, prefix: list[int], suffix: list[int], num_proc: int
-) -> Iterator[tuple[pa.ListArray, RowFacts]]:
+) -> Iterator[tuple[pa.Table, RowFacts]]:
     """Give run_mlm's rows: per process a run of neighbouring texts, per batch of it the rows that are full."""
     num_proc = max(1, min(num_proc, len(tokenized)))
     for rank in range(num_proc):
@@ -267,7 +293,45 @@ def _run_mlm_rows(
                 empty_texts=int(np.count_nonzero(lengths == 0)),
                 dropped_tokens=len(ids) - tokens,
             )
-            yield _list_array(values[:used], np.arange(0, used + 1, max_seq_length)), facts
+            yield _table(values[:used], np.arange(0, used + 1, max_seq_length)), facts
+
+
+def _packed_rows(
+    tokenized: Dataset, capacity: int, prefix: list[int], suffix: list[int], side_by_side: bool
+) -> Iterator[tuple[pa.Table, RowFacts]]:
+    """Give the rows of one window of documents after the other."""
+    waiting: list[tuple[Ids, Lengths]] = []
+    for ids, lengths in _text_batches(tokenized):
+        pieces = cut_documents(lengths, capacity)
+        waiting.append((ids, pieces))
+        facts = RowFacts(
+            tokens=len(ids),
+            texts=len(lengths),
+            empty_texts=int(np.count_nonzero(lengths == 0)),
+            documents=len(pieces),
+            cut_texts=int(np.count_nonzero(lengths > capacity)),
+        )
+        full = sum(len(held) for _, held in waiting) >= WINDOW
+        yield _side_by_side(waiting if full else [], capacity, prefix, suffix, side_by_side), facts
+        waiting = [] if full else waiting
+    yield _side_by_side(waiting, capacity, prefix, suffix, side_by_side), RowFacts()
+
+
+def _side_by_side(
+    documents: list[tuple[Ids, Lengths]], capacity: int, prefix: list[int], suffix: list[int], side_by_side: bool
+) -> pa.Table:
+    """Put documents into rows: several in one, or each in one of its own."""
+    content = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in documents)])
+    lengths = np.concatenate([np.empty(0, np.int64), *(held for _, held in documents)])
+    if not side_by_side:
+        values, offsets, _ = _frame(content, lengths, prefix, suffix)
+        return _table(values, offsets)
+    special = len(prefix) + len(suffix)
+    order, per_row = pack(lengths + special, capacity + special)
+    values, offsets, _ = _frame(gather(content, lengths, order), lengths[order], prefix, suffix)
+    edges = np.concatenate([[0], np.cumsum(per_row)])
+    table = _table(values, offsets[edges])
+    return table.append_column(DOCUMENT_LENGTHS, _lists(np.diff(offsets).astype(np.int32), edges))
 
 
 def _text_batches(tokenized: Dataset) -> Iterator[tuple[Ids, Lengths]]:
@@ -310,22 +374,34 @@ def _frame(content: Ids, lengths: Lengths, prefix: list[int], suffix: list[int])
     return values, offsets, is_content
 
 
-def _list_array(values: Ids, offsets: Lengths) -> pa.ListArray:
+def _lists(values: Ids, offsets: Lengths) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
 
 
+def _table(values: Ids, offsets: Lengths) -> pa.Table:
+    return pa.table({"input_ids": _lists(values, offsets)})
+
+
 def _write(
-    batches: Iterator[tuple[pa.ListArray, RowFacts]], target: BinaryIO, fingerprint: str, max_seq_length: int
+    batches: Iterator[tuple[pa.Table, RowFacts]],
+    target: BinaryIO,
+    fingerprint: str,
+    max_seq_length: int,
+    columns: list[str],
 ) -> RowFacts:
     """Write rows to a stream as an Arrow file, and add up the counts."""
     total = RowFacts()
-    pending: list[pa.ListArray] = []
-    with ArrowWriter(features=_ROW_FEATURES, stream=target, fingerprint=fingerprint) as writer:
-        for array, facts in batches:
-            short = int(np.count_nonzero(array.value_lengths().to_numpy() < max_seq_length))
-            facts = replace(facts, rows=len(array), short_rows=short)
+    pending: list[pa.Table] = []
+    features = Features(dict.fromkeys(columns, _TOKENS))
+    with ArrowWriter(features=features, stream=target, fingerprint=fingerprint) as writer:
+        for table, facts in batches:
+            short = sum(
+                int(np.count_nonzero(part.value_lengths().to_numpy() < max_seq_length))
+                for part in table.column("input_ids").chunks
+            )
+            facts = replace(facts, rows=len(table), short_rows=short)
             total = RowFacts(*(a + b for a, b in zip(astuple(total), astuple(facts), strict=True)))
-            pending.append(array)
+            pending.append(table)
             # Short texts give few rows per batch, and a file of many small pieces is slow to open and to read.
             if sum(map(len, pending)) >= _WRITE_SIZE:
                 _write_table(writer, pending)
@@ -335,7 +411,7 @@ def _write(
     return total
 
 
-def _write_table(writer: ArrowWriter, arrays: list[pa.ListArray]) -> None:
-    table = pa.table({"input_ids": pa.chunked_array(arrays, pa.list_(pa.int32()))})
-    if len(table):
+def _write_table(writer: ArrowWriter, tables: list[pa.Table]) -> None:
+    if any(map(len, tables)):
+        table = pa.concat_tables(tables)
         writer.write_table(table, len(table))

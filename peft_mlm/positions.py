@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,15 +24,32 @@ def position_limit(model: PreTrainedModel) -> int | None:
         The largest row length, or None where neither a table nor the config sets one.
     """
     limits = []
-    for name, module in model.named_modules():
-        # The whole last part of the name: LayoutLM has x_position_embeddings for places on a page.
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings":
-            padding_idx = module.padding_idx
-            limits.append(module.num_embeddings - (0 if padding_idx is None else padding_idx + 1))
+    for table in _position_tables(model):
+        padding_idx = table.padding_idx
+        limits.append(table.num_embeddings - (0 if padding_idx is None else padding_idx + 1))
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(stated, int) and stated > 0:
         limits.append(stated)
     return min(limits, default=None)
+
+
+def padding_position(model: PreTrainedModel) -> int | None:
+    """Find the position of padding in models that count the other tokens from the next one on.
+
+    Args:
+        model: The masked LM.
+
+    Returns:
+        The position, which is the id of the padding token too; None where positions are counted from 0.
+    """
+    return next((table.padding_idx for table in _position_tables(model) if table.padding_idx is not None), None)
+
+
+def _position_tables(model: PreTrainedModel) -> Iterator[nn.Embedding]:
+    for name, module in model.named_modules():
+        # The whole last part of the name: LayoutLM has x_position_embeddings for places on a page.
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings":
+            yield module
 
 
 def resolve_max_seq_length(

@@ -237,7 +237,7 @@ def test_length_without_room_for_text_is_refused(rows: Any) -> None:
 
 
 def test_unknown_kind_of_rows_is_refused_with_the_choices() -> None:
-    with pytest.raises(ArgumentsError, match=r"'lines'.*chunked, line, run_mlm"):
+    with pytest.raises(ArgumentsError, match=r"'lines'.*chunked, packed, line, run_mlm"):
         make_rows(token_data([[1]]), rows="lines", max_seq_length=9, **BERT)  # type: ignore[arg-type]
 
 

@@ -124,7 +124,8 @@ def tiny_model(model_type: str, *, seed: int = 0, **changes: object) -> PreTrain
     model = AutoModelForMaskedLM.from_config(tiny_config(model_type, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+            if parameter.requires_grad:  # a table of sines is no weight
+                parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 
 
