@@ -60,9 +60,7 @@ def curve(variant: str, seed: int, steps: int, folder: Path) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "sapiens_vh")
     chances = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     model = AutoModelForMaskedLM.from_pretrained(ASSETS / "sapiens_vh", **chances)
-    rows, unseen = (
-        our_rows(sequences(name), tokenizer, line_by_line=True) for name in ("mouse_train", "mouse_validation")
-    )
+    rows, unseen = (our_rows(sequences(name), tokenizer, kind="line") for name in ("mouse_train", "mouse_validation"))
     values = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 16,

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ class Work:
         sizes: Changes to its default config, whose sizes are the base models'.
         vocab_size: Rows of its vocabulary.
         batch: Rows per batch.
-        line_by_line: The texts are sentences, in training one a row; else paragraphs, in rows of 128 tokens.
+        sentences: Whether the texts are sentences; else paragraphs.
+        rows: What a command makes of them, in rows of 128 tokens at most. The baseline has one row a text, cut at its
+            end, or run_mlm's rows for chunked.
         kind: train, rows or evaluate.
         times: How many times the usual number of steps, where steps are short.
     """
@@ -48,13 +51,15 @@ class Work:
     sizes: dict[str, int]
     vocab_size: int
     batch: int
-    line_by_line: bool = False
+    sentences: bool = False
+    rows: str = "chunked"
     kind: str = "train"
     times: int = 1
 
 
 WORKS = {
-    "line": Work("line by line, CoLA-like, MiniLM size, batch 32", "bert", MINILM, 30_522, 32, True, times=6),
+    "line": Work("line by line, CoLA-like, MiniLM size, batch 32", "bert", MINILM, 30_522, 32, True, "line", times=6),
+    "documents": Work("whole texts, packed, 128 × 16, MiniLM size", "bert", MINILM, 30_522, 16, rows="packed", times=2),
     "packed": Work("packed 128 × 16, MiniLM size", "bert", MINILM, 30_522, 16, times=2),
     "bert": Work("packed 128 × 8, bert-base size", "bert", {}, 30_522, 8),
     "xlmr": Work("packed 128 × 4, XLM-R-base size, vocabulary 250 k", "xlm-roberta", {}, 250_002, 4),
@@ -94,7 +99,7 @@ def baseline_rows(texts: Any, tokenizer: Any, *, line_by_line: bool) -> Any:
     return encoded if line_by_line else encoded.map(group, batched=True, load_from_cache_file=False)
 
 
-def our_rows(texts: Any, tokenizer: Any, *, line_by_line: bool) -> Any:
+def our_rows(texts: Any, tokenizer: Any, *, kind: str) -> Any:
     """Rows as a command makes them."""
     from peft_mlm.packing import make_rows
     from peft_mlm.tokenization import special_token_frame, text_separator, tokenize
@@ -102,7 +107,6 @@ def our_rows(texts: Any, tokenizer: Any, *, line_by_line: bool) -> Any:
     prefix, suffix = special_token_frame(tokenizer)
     frame = {"prefix": prefix, "suffix": suffix, "separator_id": text_separator(tokenizer)}
     tokens = tokenize(texts, tokenizer, overwrite_cache=True)
-    kind = "line" if line_by_line else "chunked"
     return make_rows(tokens, rows=kind, max_seq_length=MAX_SEQ_LENGTH, **frame)[0]  # type: ignore[arg-type]
 
 
@@ -326,11 +330,11 @@ def rows_turn(
     forget_peak()
     with anonymous_peak() as of_one:
         started = time.perf_counter()
-        make_rows(texts, tokenizer, line_by_line=False)
+        make_rows(texts, tokenizer)
         seconds = time.perf_counter() - started
     forget_peak()
     with anonymous_peak() as of_four:
-        make_rows(more, tokenizer, line_by_line=False)
+        make_rows(more, tokenizer)
     return {
         "tokens_per_second": tokens / seconds,
         "step_bytes": of_one[0],
@@ -355,17 +359,20 @@ def turns(name: str, variant: str, steps: int, folder: Path) -> Iterator[dict[st
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(minilm())
-    make_rows: Callable[..., Any] = our_rows if ours else baseline_rows
+    if ours:
+        make_rows: Callable[..., Any] = partial(our_rows, kind=work.rows)
+    else:
+        make_rows = partial(baseline_rows, line_by_line=work.rows != "chunked")
     if work.kind == "rows":
         yield {}
         while True:
-            yield rows_turn(tokenizer, make_rows, SENTENCES if work.line_by_line else PARAGRAPHS, folder)
-    texts = make_texts(tokenizer, 4000, SENTENCES if work.line_by_line else PARAGRAPHS)
-    rows = make_rows(texts, tokenizer, line_by_line=work.line_by_line)
+            yield rows_turn(tokenizer, make_rows, SENTENCES if work.sentences else PARAGRAPHS, folder)
+    texts = make_texts(tokenizer, 4000, SENTENCES if work.sentences else PARAGRAPHS)
+    rows = make_rows(texts, tokenizer)
     model, values = make_model(work), settings(work, steps, folder)
     if ours:
         keep = variant == VARIANTS[2]
-        trainer = our_trainer(model, tokenizer, rows, values, dropout=keep, by_length=work.line_by_line)
+        trainer = our_trainer(model, tokenizer, rows, values, dropout=keep, by_length=work.rows == "line")
     else:
         trainer = baseline_trainer(model, tokenizer, rows, values)
     if work.kind == "evaluate":

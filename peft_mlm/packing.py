@@ -15,11 +15,9 @@ The work is array arithmetic on Arrow buffers, over one batch of texts at a time
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
-from typing import BinaryIO, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +27,7 @@ from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
 
 from peft_mlm.arguments import Rows
+from peft_mlm.arrow_files import written_beside
 from peft_mlm.document_packing import DOCUMENT_LENGTHS, WINDOW, cut_documents, gather, pack
 from peft_mlm.errors import ArgumentsError, DataError
 
@@ -165,22 +164,14 @@ def make_rows(
     ]
     fingerprint = Hasher.hash(key)
     columns = ["input_ids", DOCUMENT_LENGTHS] if rows == "packed" and side_by_side else ["input_ids"]
-    if not tokenized.cache_files:
-        buffer = pa.BufferOutputStream()
-        facts = _write(batches, buffer, fingerprint, max_seq_length, columns)
-        _check_rows(facts, rows, max_seq_length)
-        return Dataset.from_buffer(buffer.getvalue(), split=tokenized.split), facts
-    # A name that Dataset.cleanup_cache_files() knows.
-    path = Path(tokenized.cache_files[0]["filename"]).with_name(f"cache-{fingerprint}.arrow")
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            facts = _write(batches, file, fingerprint, max_seq_length, columns)
-        _check_rows(facts, rows, max_seq_length)
-        unfinished.replace(path)  # whoever reads an older file of this name goes on reading that
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return Dataset.from_file(str(path), split=tokenized.split), facts
+    counted: list[RowFacts] = []
+
+    def write(writer: ArrowWriter) -> None:
+        counted.append(_write(batches, writer, max_seq_length))
+        _check_rows(counted[0], rows, max_seq_length)
+
+    made = written_beside(tokenized, fingerprint, Features(dict.fromkeys(columns, _TOKENS)), write)
+    return made, counted[0]
 
 
 def _check_rows(facts: RowFacts, rows: Rows, max_seq_length: int) -> None:
@@ -382,32 +373,20 @@ def _table(values: Ids, offsets: Lengths) -> pa.Table:
     return pa.table({"input_ids": _lists(values, offsets)})
 
 
-def _write(
-    batches: Iterator[tuple[pa.Table, RowFacts]],
-    target: BinaryIO,
-    fingerprint: str,
-    max_seq_length: int,
-    columns: list[str],
-) -> RowFacts:
-    """Write rows to a stream as an Arrow file, and add up the counts."""
+def _write(batches: Iterator[tuple[pa.Table, RowFacts]], writer: ArrowWriter, max_seq_length: int) -> RowFacts:
+    """Write rows, and add up the counts."""
     total = RowFacts()
     pending: list[pa.Table] = []
-    features = Features(dict.fromkeys(columns, _TOKENS))
-    with ArrowWriter(features=features, stream=target, fingerprint=fingerprint) as writer:
-        for table, facts in batches:
-            short = sum(
-                int(np.count_nonzero(part.value_lengths().to_numpy() < max_seq_length))
-                for part in table.column("input_ids").chunks
-            )
-            facts = replace(facts, rows=len(table), short_rows=short)
-            total = RowFacts(*(a + b for a, b in zip(astuple(total), astuple(facts), strict=True)))
-            pending.append(table)
-            # Short texts give few rows per batch, and a file of many small pieces is slow to open and to read.
-            if sum(map(len, pending)) >= _WRITE_SIZE:
-                _write_table(writer, pending)
-                pending = []
-        _write_table(writer, pending)
-        writer.finalize(close_stream=False)
+    for table, facts in batches:
+        lengths = table.column("input_ids").combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        facts = replace(facts, rows=len(table), short_rows=int(np.count_nonzero(lengths < max_seq_length)))
+        total = RowFacts(*(a + b for a, b in zip(astuple(total), astuple(facts), strict=True)))
+        pending.append(table)
+        # Short texts give few rows per batch, and a file of many small pieces is slow to open and to read.
+        if sum(map(len, pending)) >= _WRITE_SIZE:
+            _write_table(writer, pending)
+            pending = []
+    _write_table(writer, pending)
     return total
 
 
