@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_mlm.commands.combine import combine
     from peft_mlm.commands.evaluate import evaluate
     from peft_mlm.commands.fill_mask import fill_mask
     from peft_mlm.commands.merge import merge
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["evaluate", "fill_mask", "load", "merge", "train"]
+__all__ = ["combine", "evaluate", "fill_mask", "load", "merge", "train"]
 
 _MODULES = {
     "train": "peft_mlm.commands.train",
+    "combine": "peft_mlm.commands.combine",
     "evaluate": "peft_mlm.commands.evaluate",
     "fill_mask": "peft_mlm.commands.fill_mask",
     "merge": "peft_mlm.commands.merge",

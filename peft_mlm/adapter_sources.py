@@ -153,8 +153,8 @@ def common_tokenizer(sources: Sequence[Source]) -> PreTrainedTokenizerBase | Non
             i, token = wrong[0]
             other = next((known for known, at in ids.items() if at == i), None)
             raise AdapterError(
-                f"{source.name} and {bringing[longest].name} bring tokenizers that do not agree: id {i} is {token!r} in "
-                f"the one and {other!r} in the other ({len(wrong)} differ). Their rows of new tokens would mean "
+                f"{source.name} and {bringing[longest].name} bring tokenizers that do not agree: id {i} is {token!r} "
+                f"in the one and {other!r} in the other ({len(wrong)} differ). Their rows of new tokens would mean "
                 "something else. Train both with the same list of added tokens, in the same order."
             )
     return tokenizers[longest]

@@ -5,14 +5,15 @@ https://arxiv.org/abs/2212.04089; a negative weight takes away what an adapter h
 sparse first (`sparse_changes.py`). PEFT's `linear` sums the matrices A and B each for itself, and gives cross terms
 √(w_i w_j) B_i A_j that nobody trained.
 
-TIES is the paper's procedure applied to w_i D_i with λ = 1: with equal weights w it is the paper's result for λ = w. Its
-trimming, as that of magnitude pruning, ranks all entries of an adapter together.
+TIES is the paper's procedure applied to w_i D_i with λ = 1: with equal weights w it is the paper's result for λ = w.
+Its trimming, as that of magnitude pruning, ranks all entries of an adapter together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import xxhash
 from peft_mlm.combination_rules import METHODS, TRAINED_MODULES, Recipe
 from peft_mlm.deltas import Change, Parts, plain_config
 from peft_mlm.errors import AdapterError
-from peft_mlm.low_rank import Factors, Loss, join, truncate, truncate_dense
+from peft_mlm.low_rank import Loss, join, truncate, truncate_dense
 from peft_mlm.sparse_changes import disjoint_mean, drop_and_rescale, magnitude_threshold, trim
 
 # What is combined entry by entry: ("matrix", layer), ("bias", layer) or ("whole", parameter).
@@ -171,14 +172,17 @@ class _Values:
         if self.recipe.trained_modules == "delta":
             for name, value in parts.whole.items():
                 if name not in self.fresh:
-                    start = self.base[name].double()
-                    found["whole", name] = lambda value=value, start=start: value.double() - start
+                    found["whole", name] = partial(_difference, value, self.base[name])
         return found
 
     def _threshold_of(self, entries: Entries) -> float:
         if not self.method.trims or self.recipe.density is None:
             return 0.0
         return magnitude_threshold(lambda: (make() for make in entries.values()), self.recipe.density)
+
+
+def _difference(value: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    return value.double() - start.double()
 
 
 def _combine_layer(name: str, values: _Values) -> tuple[Change, Loss]:
@@ -260,7 +264,7 @@ def _config(adapters: Sequence[Parts], parts: Parts) -> dict[str, Any]:
     # Of adapters for the same layers the first one's expression finds exactly these; else all are named.
     alike = all(adapter.changes.keys() == parts.changes.keys() for adapter in adapters)
     return plain_config(
-        configs[0] if alike else {name: v for name, v in configs[0].items() if name != "exclude_modules"},
+        configs[0],
         parts.changes,
         target_modules=configs[0]["target_modules"] if alike else list(parts.changes),
         bias=_bias_option(adapters),

@@ -1,8 +1,8 @@
 """An adapter's files <-> what it adds to each weight of the base, scaling included.
 
 Read are LoRA adapters whose change of a weight W is s B A (rsLoRA, ranks and alphas by layer, `lora_bias`, trained
-biases, modules and token rows beside it). What depends on W itself (DoRA), or on a base that was changed before training
-(PiSSA as plain PEFT saves it), is no such sum. Written is plain LoRA of scaling 1.
+biases, modules and token rows beside it). What depends on W itself (DoRA), or on a base that was changed before
+training (PiSSA as plain PEFT saves it), is no such sum. Written is plain LoRA of scaling 1.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def read_parts(folder: Path) -> Parts:
             ids = _ids_of_rows(config, match["module"])
             if len(ids) != len(tensor):
                 raise AdapterError(
-                    f"{folder} names {len(ids)} trained rows of {match['module']} and holds {len(tensor)}: it is damaged."
+                    f"{folder} names {len(ids)} trained rows of {match['module']}, and holds {len(tensor)}."
                 )
             rows[match["module"]] = dict(zip(ids, tensor.double(), strict=True))
         else:
@@ -263,8 +263,9 @@ def plain_config(
         inference_mode=True,
     )
     record = {name: getattr(v, "value", v) for name, v in config.to_dict().items()}
-    kept = ("auto_mapping", "base_model_name_or_path", "revision", "task_type", "exclude_modules", "peft_version")
-    kept += ("layers_to_transform", "layers_pattern") if target_modules == like.get("target_modules") else ()
+    kept = ["auto_mapping", "base_model_name_or_path", "revision", "task_type"]
+    if target_modules == like.get("target_modules"):
+        kept += ["exclude_modules", "layers_to_transform", "layers_pattern"]
     return {**record, **{name: like[name] for name in kept if name in like}}
 
 

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from peft_mlm.sparse_changes import disjoint_mean, drop_and_rescale, magnitude_threshold, trim
 
 
-@given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=4), density=st.floats(0.001, 1), seed=st.integers(0, 99),
-       scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e20]))  # fmt: skip
+@given(
+    sizes=st.lists(st.integers(1, 400), min_size=1, max_size=4),
+    density=st.floats(0.001, 1),
+    seed=st.integers(0, 99),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e20]),
+)
 @settings(max_examples=60, deadline=None)
 def test_exactly_the_largest_entries_of_all_tensors_together_are_kept(
     sizes: list[int], density: float, seed: int, scale: float

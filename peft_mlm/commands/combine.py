@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,10 @@ from peft_mlm.run_folder import check_new_folder, staged
 
 if TYPE_CHECKING:
     from peft_mlm.adapter_sources import Source
+    from peft_mlm.config import Arguments
     from peft_mlm.deltas import Parts
+    from peft_mlm.derived_adapter import Derived
+    from peft_mlm.loading import Loaded, Target
 
 RECORD = "combination.json"
 EVALUATIONS = 60
@@ -77,11 +80,13 @@ def combine(
     )  # fmt: skip
     output = Path(output_dir).expanduser()
     check_new_folder(output)
+    text = _text_to_search_on(flags, search_evaluations, len(names)) if search else None
     if flags and not search:
         raise ArgumentsError(f"{flags[0]} says on which text to search: add --search, or leave it out.")
     from peft_mlm.adapter_sources import check_one_base, common_tokenizer, open_source, read_sources
     from peft_mlm.combining import combine_parts
     from peft_mlm.derived_adapter import describe_losses, describe_parts, write_derived
+    from peft_mlm.loading import Target
 
     sources = [open_source(name) for name in names]
     check_one_base(sources, any_base=any_base)
@@ -89,8 +94,11 @@ def combine(
     tokenizer = common_tokenizer(sources)
     values, fresh = _base_values(names[0], sources, parts, recipe, base, any_base)
     found = None
-    if search:
-        found = _search(names[0], sources, parts, recipe, (values, fresh), base, any_base, search_evaluations, flags)
+    if text is not None:
+        start = Target("adapter", _base_arguments(names[0], sources, base), None, None, None)
+        found = _search(
+            start, sources, parts, recipe, values, fresh, text, any_base=any_base, evaluations=search_evaluations
+        )
         recipe = replace(recipe, weights=tuple(found["weights"]))
     combined = combine_parts(parts, recipe, values, fresh=fresh)
     record = {
@@ -193,7 +201,7 @@ def _base_values(
 
 
 def _base_arguments(name: str, sources: Sequence[Source], base: str | None) -> Any:
-    """Say how the base of the first adapter is loaded, with the tokenizer that the longest vocabulary needs left out."""
+    """Say how the base of the first adapter is loaded; with its own tokenizer."""
     from peft_mlm.base_recipe import with_base_recipe
     from peft_mlm.loading import resolve_target
 
@@ -202,16 +210,33 @@ def _base_arguments(name: str, sources: Sequence[Source], base: str | None) -> A
     return with_base_recipe(arguments, sources[0].folder)
 
 
+def _text_to_search_on(flags: Sequence[str], evaluations: int, count: int) -> Arguments:
+    """Read the arguments that say on which text to search, and how."""
+    from peft_mlm.argument_fields import argument_fields
+    from peft_mlm.config import read_arguments
+
+    arguments = read_arguments(None, flags, for_training=False)
+    given = [name for name, source in arguments.sources.items() if source == "flag"]
+    if idle := [name for name in given if argument_fields()[name].group in ("model", "peft")]:
+        raise ArgumentsError(f"--{', --'.join(idle)}: combine loads the base as its adapters say, and takes none here.")
+    if arguments.data.validation_file is None and arguments.data.dataset_name is None:
+        raise ArgumentsError("On which text is to be searched? Give --validation_file or --dataset_name.")
+    if evaluations < count + 3:
+        raise ArgumentsError(f"search_evaluations is {evaluations}: {count} adapters need at least {count + 3}.")
+    return arguments
+
+
 def _search(
-    name: str,
+    start: Target,
     sources: Sequence[Source],
     parts: Sequence[Parts],
     recipe: Recipe,
-    of_base: tuple[Mapping[str, Any], Sequence[str]],
-    base: str | None,
+    values: Mapping[str, Any],
+    fresh: Sequence[str],
+    text: Arguments,
+    *,
     any_base: bool,
     evaluations: int,
-    flags: Sequence[str],
 ) -> dict[str, Any]:
     """Find the weights of the lowest loss on a text, and say what was tried."""
     from peft import set_peft_model_state_dict
@@ -220,18 +245,16 @@ def _search(
     from peft_mlm.combining import combine_parts
     from peft_mlm.deltas import state_of
     from peft_mlm.derived_adapter import write_derived
-    from peft_mlm.loading import Target, load_target
+    from peft_mlm.loading import load_target
     from peft_mlm.weight_search import search_weights
 
-    values, fresh = of_base
     # while searching, the sum keeps one rank whatever the weights are
     tried_by = replace(recipe, method="cat") if recipe.method == "linear" else recipe
-    start = combine_parts(parts, tried_by, values, fresh=fresh).parts
+    first = combine_parts(parts, tried_by, values, fresh=fresh).parts
     with tempfile.TemporaryDirectory() as nowhere:
-        write_derived(_derived(sources, start, common_tokenizer(sources), {}), Path(nowhere))
-        target = Target("adapter", _base_arguments(name, sources, base), Path(nowhere), None, None)
-        loaded = load_target(target, any_base=any_base)
-    measure = _measure(loaded, flags)
+        write_derived(_derived(sources, first, common_tokenizer(sources), {}), Path(nowhere))
+        loaded = load_target(replace(start, adapter=Path(nowhere)), any_base=any_base)
+    measure = _measure(loaded, text)
     scores: dict[tuple[float, ...], dict[str, Any]] = {}
 
     def loss(weights: tuple[float, ...]) -> float:
@@ -244,28 +267,34 @@ def _search(
     alone = [tuple(float(i == place) for i in range(count)) for place in range(count)]
     equal = (1 / count,) * count
     starts = list(dict.fromkeys([*alone, equal, (1.0,) * count, recipe.weights]))
-    lowest = 0.0 if any(adapter.rows for adapter in parts) or recipe.trained_modules == "average" else None
-    done = search_weights(loss, starts, evaluations=evaluations, lowest=lowest)
-    named = {source.name: point for source, point in zip(sources, alone, strict=True)}
-    points = {**named, "equal": equal, "found": done.best}
+    averages = any(adapter.rows for adapter in parts) or recipe.trained_modules == "average"
+    done = search_weights(loss, starts, evaluations=evaluations, lowest=0.0 if averages else None)
+    points = {} if averages else {"base": (0.0,) * count}
+    for place, point in enumerate(alone):
+        same = [source.name for source in sources].count(sources[place].name) > 1
+        points[f"{sources[place].name} ({place + 1})" if same else sources[place].name] = point
+    points |= {"equal": equal, "found": done.best}
+    for point in points.values():
+        if point not in scores:
+            loss(point)
+    files = [Path(file).name for file in text.data.validation_file or []]
     return {
         "weights": list(done.best),
+        "text": files or text.data.dataset_name,
         "evaluations": len(done.tried),
         "finished": done.finished,
         "points": {label: {"weights": list(point), **scores[point]} for label, point in points.items()},
     }
 
 
-def _measure(loaded: Any, flags: Sequence[str]) -> Any:
-    """Make the function that measures the model as it is, on the text that the flags name."""
+def _measure(loaded: Loaded, arguments: Arguments) -> Callable[[], dict[str, Any]]:
+    """Make the function that measures the model as it is, on the text that the arguments name."""
     from peft_mlm import collator
-    from peft_mlm.config import read_arguments
     from peft_mlm.corpus import build_corpus
     from peft_mlm.data import load_text
     from peft_mlm.quantization import is_quantised
     from peft_mlm.trainer import build_training_arguments, scores_of
 
-    arguments = read_arguments(None, flags, for_training=False)
     data = arguments.data
     with tempfile.TemporaryDirectory() as nowhere:
         training = build_training_arguments({**arguments.training, "resume_from_checkpoint": None}, Path(nowhere))
@@ -283,7 +312,7 @@ def _measure(loaded: Any, flags: Sequence[str]) -> Any:
     return lambda: scores_of(model, rows, masking, training, label="searching").describe()
 
 
-def _derived(sources: Sequence[Source], parts: Parts, tokenizer: Any, record: Mapping[str, Any]) -> Any:
+def _derived(sources: Sequence[Source], parts: Parts, tokenizer: Any, record: Mapping[str, Any]) -> Derived:
     from peft_mlm.adapter_sources import base_name, loads_plainly
     from peft_mlm.arguments import ModelArguments
     from peft_mlm.base_recipe import with_base_recipe
