@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -113,6 +113,30 @@ def read_parts(folder: Path) -> Parts:
             matrices.setdefault(match["module"], {})[match["part"].removesuffix(".weight")] = tensor
     changes = {name: _change(folder, name, of_layer, config) for name, of_layer in matrices.items()}
     return Parts(config, changes, whole, rows)
+
+
+def beside_matrices(
+    folder: Path, config: Mapping[str, Any], parameters: Collection[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, torch.Tensor]]]:
+    """Read what an adapter of any method puts in place of the base's parameters.
+
+    Args:
+        folder: Its folder.
+        config: Its `adapter_config.json`.
+        parameters: Names of all parameters of the base, tied ones under each of their names.
+
+    Returns:
+        Parameters of trained modules and biases, and trained token rows, as in `Parts`.
+    """
+    whole, rows = {}, {}
+    for key, tensor in read_tensors(folder).items():
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        module, _, rest = name.partition(".token_adapter.")
+        if rest:
+            rows[module] = dict(zip(_ids_of_rows(config, module), tensor.double(), strict=True))
+        elif name in parameters:
+            whole[name] = tensor
+    return whole, rows
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_mlm.adapter import cast_with_adapter, load_adapter
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import write_base_recipe
 from peft_mlm.deltas import Parts, write_parts
 from peft_mlm.fingerprint import write_fingerprint
 from peft_mlm.low_rank import Loss, add_losses
+from peft_mlm.merging import FLOAT64_PARAMETERS, probe_rows
 from peft_mlm.run_folder import describe_environment, folder_bytes, write_json, write_text
 
 
@@ -76,6 +79,61 @@ def write_derived(derived: Derived, folder: Path) -> int:
     write_json(folder / derived.record_name, {**derived.record, "versions": versions})
     write_text(folder / "README.md", _card(derived, versions))
     return folder_bytes(folder)
+
+
+def compare_logits(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, expected: torch.Tensor
+) -> dict[str, Any]:
+    """Load a written adapter on its base and compare it with what it was made from.
+
+    Args:
+        folder: The adapter.
+        model: The base in float32, grown as far as the adapter needs; it is changed in place.
+        tokenizer: Its tokenizer.
+        expected: Logits on `merging.probe_rows` of what the adapter was made from, computed in `precise_type`.
+
+    Returns:
+        `max_abs_logit_diff` from it, on rows of random tokens; `max_abs_logit_diff_base`, how far the base alone is;
+        `max_abs_logit`, to compare them with; `top1_agreement`, share of the `positions` with the same most probable
+        token; `compared_in`, the type.
+    """
+    precise, rows = precise_type(model), probe_rows(model, tokenizer)
+    adapted = load_adapter(model, folder).eval()
+    cast_with_adapter(adapted, precise)
+    given = logits_of(adapted, rows)
+    with adapted.disable_adapter():
+        alone = logits_of(adapted, rows)
+    return {
+        "max_abs_logit_diff": float((given - expected).abs().max()),
+        "max_abs_logit_diff_base": float((alone - expected).abs().max()),
+        "max_abs_logit": float(expected.abs().max()),
+        "top1_agreement": float((given.argmax(-1) == expected.argmax(-1)).double().mean()),
+        "positions": given[..., 0].numel(),
+        "compared_in": str(precise).removeprefix("torch."),
+    }
+
+
+@torch.no_grad()
+def logits_of(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Compute logits, in evaluation mode.
+
+    Args:
+        model: A masked LM, with or without an adapter.
+        rows: Ids, (B, T), without padding.
+
+    Returns:
+        (B, T, V), float64, on the CPU.
+    """
+    rows = rows.to(model.device)
+    model.eval()
+    return torch.cat(
+        [model(input_ids=r, attention_mask=torch.ones_like(r)).logits.double().cpu() for r in rows.split(4)]
+    )
+
+
+def precise_type(model: PreTrainedModel) -> torch.dtype:
+    """Give the type that models of this size are compared in: float64, or float32 where that takes too much memory."""
+    return torch.float64 if sum(p.numel() for p in model.parameters()) <= FLOAT64_PARAMETERS else torch.float32
 
 
 def describe_losses(losses: Mapping[str, Loss]) -> dict[str, Any]:
