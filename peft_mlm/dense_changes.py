@@ -8,11 +8,13 @@ trained biases, names the tensors of trained modules wrong that have parts, and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -65,15 +67,12 @@ def layer_of(module: nn.Module) -> Layer | None:
     return None
 
 
-def parameter_changes(base: nn.Module, other: nn.Module) -> dict[str, torch.Tensor]:
-    """Subtract the parameters of one model from those of another.
+def check_same_make(base: nn.Module, other: nn.Module) -> None:
+    """Refuse two models that have no difference.
 
     Args:
         base: A model.
-        other: One of the same architecture.
-
-    Returns:
-        Differences that are not zero, in float64, by the names of the base's parameters, a tied one once.
+        other: Another one.
 
     Raises:
         AdapterError: The models have other parameters, or of other shapes.
@@ -86,12 +85,47 @@ def parameter_changes(base: nn.Module, other: nn.Module) -> dict[str, torch.Tens
             f"The two models are not of one make: {', '.join(odd[:3])}"
             f"{f' and {len(odd) - 3} more' if len(odd) > 3 else ''} are not in both, or of other shapes."
         )
+
+
+def parameter_changes(base: nn.Module, other: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Subtract the parameters of a model from others of the same names.
+
+    Args:
+        base: The model.
+        other: Tensors by the names of its parameters, or of some of them.
+
+    Returns:
+        Differences that are not zero, in float64; of a tied parameter one.
+    """
     changes = {}
-    for name, parameter in mine.items():
-        change = theirs[name].detach().cpu().double() - parameter.detach().cpu().double()
-        if change.any():
-            changes[name] = change
+    for name, parameter in base.named_parameters():
+        if name in other:
+            change = other[name].detach().cpu().double() - parameter.detach().cpu().double()
+            if change.any():
+                changes[name] = change
     return changes
+
+
+def merged_parameters(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """Merge an adapter and give the base's parameters as they are then, by their names in the base.
+
+    PEFT's `merge_and_unload` fails for most methods beside a trained module that has parts (peft 0.21.2).
+
+    Args:
+        adapted: The base with the adapter, which is merged in place.
+
+    Returns:
+        Parameters; those of trained modules and rows of tokens are the base's, unmerged.
+
+    Raises:
+        AdapterError: The method cannot be merged.
+    """
+    try:
+        adapted.merge_adapter(safe_merge=True)
+    except (NotImplementedError, ValueError, AttributeError, RuntimeError) as error:
+        raise AdapterError(f"The adapter cannot be merged, and so not be made LoRA: {error}") from error
+    every = adapted.get_base_model().named_parameters(remove_duplicate=False)
+    return {re.sub(r"\.(base_layer|original_module)\.", ".", name): parameter for name, parameter in every}
 
 
 def lower_rank(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # run_mlm's limit for models that hold more: longer rows cost memory that a consumer GPU does not have.
 DEFAULT_MAX_SEQ_LENGTH = 1024
+# What PEFT adds to the name of a table that an adapter changes.
+WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)$")
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -24,7 +28,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
     limits = []
     for name, module in model.named_modules():
         # The whole last part of the name: LayoutLM has x_position_embeddings for places on a page.
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings":
+        if isinstance(module, nn.Embedding) and WRAPPED.sub("", name).rpartition(".")[2] == "position_embeddings":
             padding_idx = module.padding_idx
             limits.append(module.num_embeddings - (0 if padding_idx is None else padding_idx + 1))
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -57,7 +57,7 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 def adapted_logits(base: Path, adapter: Path) -> torch.Tensor:
     """Logits of base + adapter, by plain PEFT, not merged."""
-    return logits_of(PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(base).double(), str(adapter)))
+    return logits_of(PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(base), str(adapter)))
 
 
 def logits_of_base_plus(base: Path, changes: dict[str, torch.Tensor]) -> torch.Tensor:

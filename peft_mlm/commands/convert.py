@@ -181,10 +181,14 @@ def _check_method(source: Source) -> None:
 
 def _merge(
     name: str, source: Source, *, base: str | None, any_base: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PreTrainedModel, torch.Tensor]:
-    """Load the base twice: as it is in float32, and with the adapter merged into it; and the logits before that."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, torch.Tensor], torch.Tensor]:
+    """Load the base twice: as it is in float32, and with the adapter merged into it; and the logits before that.
+
+    Gives base, tokenizer, merged parameters and logits.
+    """
     from peft_mlm.adapter import cast_with_adapter
     from peft_mlm.base_recipe import with_base_recipe
+    from peft_mlm.dense_changes import merged_parameters
     from peft_mlm.derived_adapter import logits_of, precise_type
     from peft_mlm.loading import load_target, resolve_target
     from peft_mlm.merging import probe_rows
@@ -199,22 +203,19 @@ def _merge(
         loaded = load_target(target, any_base=any_base, dequantised=True)
     adapted: Any = cast_with_adapter(loaded.model, precise_type(loaded.base.model))
     expected = logits_of(adapted, probe_rows(loaded.base.model, loaded.tokenizer))
-    try:
-        merged = adapted.merge_and_unload(safe_merge=True)
-    except (NotImplementedError, ValueError, AttributeError) as error:
-        raise AdapterError(f"{source.name} cannot be merged, and so not be made LoRA: {error}") from error
+    merged = merged_parameters(adapted)
     # loaded anew: some methods change the base when they are put on it
     fresh = load_base(with_tokenizer_of(with_base_recipe(target.base, source.folder), source.folder)).model
     return dequantise(fresh).cpu() if quantised else fresh, loaded.tokenizer, merged, expected
 
 
 def _as_lora(
-    source: Source, model: PreTrainedModel, merged: PreTrainedModel, rank: int | None
+    source: Source, model: PreTrainedModel, merged: dict[str, torch.Tensor], rank: int | None
 ) -> tuple[Parts, dict[str, Loss]]:
     """Make LoRA of what a merge has added to the base; trained modules and token rows are taken from the file."""
-    from peft_mlm.adapter_config import as_pattern
     from peft_mlm.deltas import Parts, beside_matrices, plain_config
     from peft_mlm.dense_changes import describe_ranks, is_smaller, layer_of, lower_rank, parameter_changes
+    from peft_mlm.targets import as_pattern
 
     every = dict(model.named_parameters(remove_duplicate=False))
     whole, rows = beside_matrices(source.folder, source.config, every)

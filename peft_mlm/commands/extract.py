@@ -177,15 +177,17 @@ def _load_both(name: str, base: str | None) -> tuple[Loaded, Base]:
 def _extract(
     shown: str, tuned: Loaded, start: Base, rank: int, groups: set[str], targets: Sequence[str] | None
 ) -> tuple[dict[str, Any], Derived]:
-    from peft_mlm.adapter_config import as_pattern, find_targets
+    from peft_mlm.adapter_config import find_targets
     from peft_mlm.arguments import ModelArguments, PEFTArguments
     from peft_mlm.deltas import Parts, plain_config
-    from peft_mlm.dense_changes import lower_rank, parameter_changes
+    from peft_mlm.dense_changes import check_same_make, lower_rank, parameter_changes
     from peft_mlm.derived_adapter import Derived, describe_losses, describe_parts
     from peft_mlm.low_rank import Loss, add_losses
     from peft_mlm.model import published_name
+    from peft_mlm.targets import as_pattern
 
-    changes = parameter_changes(start.model, tuned.base.model)
+    check_same_make(start.model, tuned.base.model)
+    changes = parameter_changes(start.model, dict(tuned.base.model.named_parameters()))
     if not changes:
         raise AdapterError(f"{shown} and its base have the same weights: there is nothing to extract.")
     asked = PEFTArguments(use_lora=True, lora_target_modules=None if targets is None else list(targets))
