@@ -124,9 +124,26 @@ def check_one_base(sources: Sequence[Source], *, any_base: bool = False) -> None
         )
 
 
-def unverified(sources: Sequence[Source]) -> list[str]:
-    """Name the adapters that have no fingerprint of their base, where there are several adapters."""
-    return [source.name for source in sources if source.fingerprint is None] if len(sources) > 1 else []
+def check_lora_bias(sources: Sequence[Source], parts: Sequence[Parts]) -> None:
+    """Refuse adapters with `lora_bias` beside others for layers that have no bias: PEFT has it for all or for none.
+
+    Args:
+        sources: The adapters.
+        parts: What they hold.
+
+    Raises:
+        AdapterError: The result could not be merged.
+    """
+    known = next((source.fingerprint for source in sources if source.fingerprint is not None), None)
+    changes = {name: change for adapter in parts for name, change in adapter.changes.items()}
+    if known is None or all(c.bias is None for adapter in parts for c in adapter.changes.values()):
+        return
+    bare = [name for name in changes if f"{name}.bias" not in known["weights"]]
+    if bare:
+        raise AdapterError(
+            f"One adapter trains biases (lora_bias), another changes {', '.join(bare[:3])}, which has none: PEFT could "
+            "not merge the result. Combine adapters that are alike in that."
+        )
 
 
 def common_tokenizer(sources: Sequence[Source]) -> PreTrainedTokenizerBase | None:

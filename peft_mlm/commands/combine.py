@@ -83,7 +83,7 @@ def combine(
     text = _text_to_search_on(flags, search_evaluations, len(names)) if search else None
     if flags and not search:
         raise ArgumentsError(f"{flags[0]} says on which text to search: add --search, or leave it out.")
-    from peft_mlm.adapter_sources import check_one_base, common_tokenizer, open_source, read_sources
+    from peft_mlm.adapter_sources import check_lora_bias, check_one_base, common_tokenizer, open_source, read_sources
     from peft_mlm.combining import combine_parts
     from peft_mlm.derived_adapter import describe_losses, describe_parts, write_derived
     from peft_mlm.loading import Target
@@ -91,6 +91,7 @@ def combine(
     sources = [open_source(name) for name in names]
     check_one_base(sources, any_base=any_base)
     parts = read_sources(sources)
+    check_lora_bias(sources, parts)
     tokenizer = common_tokenizer(sources)
     values, fresh = _base_values(names[0], sources, parts, recipe, base, any_base)
     found = None
@@ -219,8 +220,6 @@ def _text_to_search_on(flags: Sequence[str], evaluations: int, count: int) -> Ar
     given = [name for name, source in arguments.sources.items() if source == "flag"]
     if idle := [name for name in given if argument_fields()[name].group in ("model", "peft")]:
         raise ArgumentsError(f"--{', --'.join(idle)}: combine loads the base as its adapters say, and takes none here.")
-    if arguments.data.validation_file is None and arguments.data.dataset_name is None:
-        raise ArgumentsError("On which text is to be searched? Give --validation_file or --dataset_name.")
     if evaluations < count + 3:
         raise ArgumentsError(f"search_evaluations is {evaluations}: {count} adapters need at least {count + 3}.")
     return arguments
@@ -277,7 +276,7 @@ def _search(
     for point in points.values():
         if point not in scores:
             loss(point)
-    files = [Path(file).name for file in text.data.validation_file or []]
+    files = [Path(file).name for file in text.data.validation_file or text.data.train_file or []]
     return {
         "weights": list(done.best),
         "text": files or text.data.dataset_name,

@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import peft_mlm
-from peft_mlm.errors import AdapterError, ArgumentsError
+from peft_mlm.arguments import ModelArguments
+from peft_mlm.errors import AdapterError
+from peft_mlm.fingerprint import write_fingerprint
+from peft_mlm.model import load_base
 from tests.adapters import adapted_logits, changes_of, logits_of, logits_of_base_plus, save_random_adapter
 from tests.commands.conftest import Answer, train
 from tests.tiny import letter_tokenizer, save_base
@@ -262,3 +266,194 @@ def test_lora_biases_are_summed(base_folder: Path, tmp_path: Path) -> None:
     combine([one, other], tmp_path / "out", weights=[0.5, 2])
     assert_changes(base_folder, tmp_path / "out", weighted_sum(base_folder, [one, other], [0.5, 2]))
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_bias"] is True
+
+
+def token_adapter(base: Path, folder: Path, tokens: list[str], seed: int) -> Path:
+    """An adapter with rows of new tokens and its tokenizer, as our own training ships it."""
+    tokenizer = letter_tokenizer(tokens)
+    ids = list(range(25, 25 + len(tokens)))
+    grown = save_base(folder.with_name(f"{folder.name}_grown"), vocab_size=25 + len(tokens))
+    save_random_adapter(grown, folder, seed, trainable_token_indices={"roberta.embeddings.word_embeddings": ids})
+    plain = load_base(ModelArguments(model_name_or_path=str(base)))
+    write_fingerprint(plain.fingerprint, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_rows_of_new_tokens_are_averaged_over_the_adapters_that_have_them(base_folder: Path, tmp_path: Path) -> None:
+    one = token_adapter(base_folder, tmp_path / "one", ["xx", "yy"], 1)
+    other = token_adapter(base_folder, tmp_path / "other", ["xx"], 2)
+    plain = save_random_adapter(base_folder, tmp_path / "plain", 3)
+    combine([one, other, plain], tmp_path / "out", weights=[0.6, 0.2, -1])
+    key = "base_model.model.roberta.embeddings.word_embeddings.token_adapter.trainable_tokens_delta"
+    rows = [load_file(folder / "adapter_model.safetensors")[key] for folder in (one, other, tmp_path / "out")]
+    assert torch.allclose(rows[2][0], (0.6 * rows[0][0] + 0.2 * rows[1][0]) / 0.8, atol=1e-6)
+    assert torch.allclose(rows[2][1], rows[0][1], atol=1e-6)
+    loaded = peft_mlm.load(str(tmp_path / "out"), base=str(base_folder))
+    assert loaded.tokenizer.convert_tokens_to_ids("yy") == 26
+    embeddings = loaded.model.merge_and_unload().get_input_embeddings().weight
+    assert torch.allclose(embeddings[25:], rows[2], atol=1e-6)
+    alone = combine([one], tmp_path / "alone", weights=[1])
+    assert alone["token_rows"] == 2
+    assert torch.equal(load_file(tmp_path / "alone" / "adapter_model.safetensors")[key], rows[0])
+
+
+def test_tokens_that_cannot_be_brought_together_are_refused(base_folder: Path, tmp_path: Path) -> None:
+    one = token_adapter(base_folder, tmp_path / "one", ["xx", "yy"], 1)
+    other = token_adapter(base_folder, tmp_path / "other", ["zz"], 2)
+    with pytest.raises(AdapterError, match="id 25 is 'zz' in the one and 'xx' in the other"):
+        combine([one, other], tmp_path / "out")
+    with pytest.raises(AdapterError, match="weights above zero"):
+        combine([one, one], tmp_path / "out", weights=[1, -1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_trained_from_starts_of_their_own_are_combined_only_as_asked(
+    encoder: Path, text_file: Path, held_out: Path, tmp_path: Path
+) -> None:
+    runs = [train(encoder, text_file, held_out, tmp_path / str(seed), max_steps=2, seed=seed) for seed in (1, 2)]
+    with pytest.raises(AdapterError, match=r"no cls.predictions.*--trained_modules: average .*, first "):
+        combine(runs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    heads = [load_file(run / "adapter" / "adapter_model.safetensors") for run in runs]
+    key = "base_model.model.cls.predictions.transform.dense.weight"
+    combine(runs, tmp_path / "average", weights=[1, 3], trained_modules="average")
+    combine(runs, tmp_path / "first", trained_modules="first")
+    average, first = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("average", "first"))
+    assert torch.allclose(average[key], (heads[0][key] + 3 * heads[1][key]) / 4, atol=1e-7)
+    assert torch.equal(first[key], heads[0][key])
+    assert torch.equal(peft_mlm.combine([str(runs[0])], tmp_path / "one", weights=[1]) and heads[0][key], first[key])
+    assert torch.isfinite(logits_of(peft_mlm.load(str(tmp_path / "average"), base=str(encoder)).model)).all()
+
+
+def test_adapters_of_a_quantised_base_stay_for_that_base(
+    base_folder: Path, text_file: Path, held_out: Path, trained_run: Path, tmp_path: Path
+) -> None:
+    runs = [
+        train(base_folder, text_file, held_out, tmp_path / f"run{seed}", max_steps=2, load_in_4bit=True, seed=seed)
+        for seed in (1, 2)
+    ]
+    combine(runs, tmp_path / "out", weights=[1, 0])
+    one, other = (peft_mlm.load(str(p), base=str(base_folder)).model for p in (runs[0] / "adapter", tmp_path / "out"))
+    ids = torch.tensor([[0, 7, 4, 9, 10, 2]])
+    with torch.no_grad():
+        assert (one(ids).logits - other(ids).logits).abs().max() < 1e-5
+    with pytest.raises(AdapterError, match="prepared alike"):
+        combine([runs[0], trained_run], tmp_path / "mixed")
+    assert not (tmp_path / "mixed").exists()
+
+
+def test_what_has_no_sum_is_refused_with_what_to_do(base_folder: Path, other_base: Path, tmp_path: Path) -> None:
+    good = save_random_adapter(base_folder, tmp_path / "good", 1)
+    out = tmp_path / "out"
+    for name, config, options, told in [
+        ("dora", "LoraConfig", {"use_dora": True}, "DoRA.*peft-mlm convert --rank"),
+        ("loha", "LoHaConfig", {}, "an adapter of LoHa, not LoRA.*peft-mlm convert"),
+        ("pissa", "LoraConfig", {"init_lora_weights": "pissa"}, "PiSSA as PEFT saves it.*peft-mlm convert"),
+    ]:
+        bad = save_random_adapter(base_folder, tmp_path / name, 2, config=config, **options)
+        with pytest.raises(AdapterError, match=told):
+            combine([good, bad], out)
+    strange = save_random_adapter(other_base, tmp_path / "strange", 3)
+    with pytest.raises(AdapterError, match=r"different bases: weights of .*--any_base"):
+        combine([good, strange], out)
+    wider = save_random_adapter(save_base(tmp_path / "wide", intermediate_size=96), tmp_path / "wider", 3)
+    with pytest.raises(AdapterError, match="different bases: shapes"):
+        combine([good, wider], out, any_base=True)
+    whole = save_random_adapter(base_folder, tmp_path / "whole", 4, target_modules=["key"], modules_to_save=["query"])
+    with pytest.raises(AdapterError, match="another has trained it in full"):
+        combine([good, whole], out, base=str(base_folder))
+    assert not out.exists()
+    combine([good, strange], out, any_base=True, weights=[1, 0])
+    assert_changes(base_folder, out, changes_of(base_folder, good))
+
+
+def test_damaged_files_are_refused(base_folder: Path, tmp_path: Path) -> None:
+    adapter = save_random_adapter(base_folder, tmp_path / "adapter", 1)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    first = next(iter(weights))
+    for told, changed in [
+        ("not finite", weights | {first: weights[first] * float("nan")}),
+        ("one of the two matrices", {key: value for key, value in weights.items() if key != first}),
+        ("no part of plain LoRA", weights | {"base_model.model.lm_head.lora_X": torch.ones(2)}),
+        ("ranks that do not agree", weights | {first: weights[first][:-1].contiguous()}),
+    ]:
+        save_file(changed, adapter / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match=told):
+            combine([adapter], tmp_path / "out")
+    (adapter / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(AdapterError, match="cannot be read"):
+        combine([adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_on_the_command_line_end_in_one_sentence(
+    pair: list[Path], tmp_path: Path, command: Callable[..., Answer]
+) -> None:
+    words = (*pair, "--output_dir", tmp_path / "out")
+    assert "1 numbers for 2 adapters" in command("combine", *words, "--weights", "1").fault
+    assert "0.7,0.3" in command("combine", *words, "--weights", "a,b").fault
+    assert "choose cat, svd" in command("combine", *words, "--method", "slerp").fault
+    assert "use --method svd with --rank 3" in command("combine", *words, "--method", "cat", "--rank", "3").fault
+    assert "needs --rank" in command("combine", *words, "--method", "svd").fault
+    assert "takes no density" in command("combine", *words, "--density", "0.5").fault
+    assert "at most 1" in command("combine", *words, "--method", "ties", "--density", "1.5").fault
+    assert "choose delta, average, first" in command("combine", *words, "--trained_modules", "x").fault
+    assert "without --search" in command("combine", *words, "--validation_file", "x.txt").fault
+    assert "No text to evaluate on" in command("combine", *words, "--search").fault
+    assert "there is no such argument" in command("combine", *words, "--search", "--wieghts", "1").fault
+    assert "takes none here" in command("combine", *words, "--search", "--lora_r", "4").fault
+    assert "is not empty" in command("combine", *pair, "--output_dir", pair[0]).fault
+    assert "no adapter" in command("combine", tmp_path, "--output_dir", tmp_path / "out").fault
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_record_and_the_card_name_no_path(
+    trained_run: Path, pair: list[Path], base_folder: Path, tmp_path: Path, command: Callable[..., Answer]
+) -> None:
+    out = tmp_path / "out"
+    record = command("combine", trained_run, pair[0], "--weights", "1,-0.5", "--output_dir", out, "--json").record
+    written = json.loads((out / "combination.json").read_text())
+    assert written.items() >= {k: v for k, v in record.items() if k not in ("output_dir", "bytes")}.items()
+    assert [adapter["name"] for adapter in written["adapters"]] == [trained_run.name, pair[0].name]
+    assert record["bytes"] == sum(file.stat().st_size for file in out.iterdir())
+    for file in out.glob("*"):
+        for secret in (str(tmp_path), str(base_folder.parent), str(trained_run.parent)):
+            assert secret.encode() not in file.read_bytes(), file
+    assert f"{trained_run.name} with weight 1; {pair[0].name} with weight -0.5" in (out / "README.md").read_text()
+
+
+def test_the_search_finds_weights_that_are_no_worse_than_all_it_began_with(
+    trained_run: Path,
+    base_folder: Path,
+    text_file: Path,
+    held_out: Path,
+    tmp_path: Path,
+    command: Callable[..., Answer],
+) -> None:
+    other = train(base_folder, text_file, held_out, tmp_path / "other", max_steps=8, lora_r=4, seed=3)
+    flags = ["--validation_file", str(held_out), "--rows", "line"]
+    words = ["combine", trained_run, other, "--search", "--base", base_folder, *flags, "--search_evaluations", "20"]
+    record = command(*words, "--output_dir", tmp_path / "out", "--json").record
+    search = record["search"]
+    points = search["points"]
+    assert set(points) == {"base", trained_run.name, "other", "equal", "found"}
+    assert points["found"]["loss"] == min(point["loss"] for point in points.values())
+    assert points["found"]["weights"] == record["weights"] == search["weights"]
+    assert search["text"] == [held_out.name]
+    # what it reports is what the written adapter, and each one alone, measure
+    for name, adapter in [("found", tmp_path / "out"), ("other", other), (trained_run.name, trained_run)]:
+        alone = peft_mlm.evaluate(str(adapter), flags=flags, base=str(base_folder))
+        assert alone["loss"] == pytest.approx(points[name]["loss"], rel=1e-5), name
+    base = peft_mlm.evaluate(str(trained_run), flags=flags, use_base=True)
+    assert base["loss"] == pytest.approx(points["base"]["loss"], rel=1e-5)
+    again = command(*words, "--output_dir", tmp_path / "again", "--json").record
+    assert again["search"] == search
+
+
+def test_lora_biases_beside_a_layer_without_bias_are_refused(base_folder: Path, tmp_path: Path) -> None:
+    one = save_random_adapter(base_folder, tmp_path / "one", 1, lora_bias=True)
+    other = save_random_adapter(base_folder, tmp_path / "other", 2, target_modules=["position_embeddings"])
+    with pytest.raises(AdapterError, match="position_embeddings, which has none"):
+        combine([one, other], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
