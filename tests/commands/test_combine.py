@@ -391,6 +391,7 @@ def test_mistakes_on_the_command_line_end_in_one_sentence(
     pair: list[Path], tmp_path: Path, command: Callable[..., Answer]
 ) -> None:
     words = (*pair, "--output_dir", tmp_path / "out")
+    text = ("--validation_file", tmp_path / "no.txt")
     assert "1 numbers for 2 adapters" in command("combine", *words, "--weights", "1").fault
     assert "0.7,0.3" in command("combine", *words, "--weights", "a,b").fault
     assert "choose cat, svd" in command("combine", *words, "--method", "slerp").fault
@@ -401,8 +402,8 @@ def test_mistakes_on_the_command_line_end_in_one_sentence(
     assert "choose delta, average, first" in command("combine", *words, "--trained_modules", "x").fault
     assert "without --search" in command("combine", *words, "--validation_file", "x.txt").fault
     assert "No text to evaluate on" in command("combine", *words, "--search").fault
-    assert "there is no such argument" in command("combine", *words, "--search", "--wieghts", "1").fault
-    assert "takes none here" in command("combine", *words, "--search", "--lora_r", "4").fault
+    assert "there is no such argument" in command("combine", *words, "--search", *text, "--wieghts", "1").fault
+    assert "takes none here" in command("combine", *words, "--search", *text, "--config_name", "x").fault
     assert "is not empty" in command("combine", *pair, "--output_dir", pair[0]).fault
     assert "no adapter" in command("combine", tmp_path, "--output_dir", tmp_path / "out").fault
     assert not (tmp_path / "out").exists()
