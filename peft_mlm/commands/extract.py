@@ -249,14 +249,18 @@ def _sort_rest(
     theirs, tied = dict(tuned.base.model.named_parameters()), tied_parameters(model)
     tables = {f"{name}.weight": name for name in row_tables(model)}
     fresh = {id(model.get_parameter(name)) for name in start.fresh_parameters}
+    # PEFT brings rows to the other end of a tie only where the config as written says so; nomic_bert's does not.
+    tied_rows = id(model.get_input_embeddings().weight) in tied
+    rows_reach_decoder = not tied_rows or bool(model.config.to_dict().get("tie_word_embeddings"))
     all_have_bias = all(getattr(model.get_submodule(name), "bias", None) is not None for name in layers)
     for name in changes:
         owner, _, kind = name.rpartition(".")
         group = _group_of(name, model.get_submodule(owner), of_encoder, parameters[name])
         is_fresh = id(parameters[name]) in fresh
-        if name in tables:
+        if name in tables and not (group == "head" and "head" in groups):
             differ = changes[name].any(dim=1).nonzero().flatten().tolist()
-            kept = set(differ if "embeddings" in groups else start.new_token_ids)
+            kept = set(differ if "embeddings" in groups and group != "head" and rows_reach_decoder else ())
+            kept |= set(start.new_token_ids)
             rest.rows |= {tables[name]: {i: theirs[name][i].detach().double() for i in sorted(kept)}} if kept else {}
             rest.left += [name] if set(differ) - kept else []
         elif owner in layers and kind == "weight":

@@ -133,3 +133,37 @@ def test_mistakes_end_in_one_sentence_and_leave_nothing(
     assert "not of one make" in command("extract", model, "--base", wider, *words).fault
     assert "rank is 0" in command("extract", full_run, "--rank", "0", "--output_dir", out).fault
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "left"),
+    [
+        ("rembert", set()),  # its decoder is a matrix of its own
+        ("nomic_bert", {"nomic_bert.embeddings.word_embeddings.weight", "cls.predictions.bias"}),
+        ("albert", {"predictions.bias"}),
+        ("squeezebert", {"cls.predictions.bias"}),  # convolutions
+    ],
+)
+def test_what_is_not_left_out_is_the_trained_model_for_unlike_types(
+    model_type: str, left: set[str], tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", model_type)
+    tuned = AutoModelForMaskedLM.from_pretrained(base)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name not in left:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    tuned.save_pretrained(tmp_path / "tuned")
+    letter_tokenizer().save_pretrained(tmp_path / "tuned")
+    options = {"rank": 64, "base": str(base), "carry": "all"}
+    record = peft_mlm.extract(str(tmp_path / "tuned"), tmp_path / "out", **options)
+    assert record["logits"]["max_abs_logit_diff_base"] > 0.1
+    assert record["logits"]["max_abs_logit_diff"] < 1e-5 * record["logits"]["max_abs_logit"]
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name in left:
+                parameter.add_(0.1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    again = peft_mlm.extract(str(tmp_path / "tuned"), tmp_path / "again", **options)
+    assert set(again["left_out"]) == left
