@@ -9,7 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_mlm.commands.combine import combine
+    from peft_mlm.commands.convert import convert
     from peft_mlm.commands.evaluate import evaluate
+    from peft_mlm.commands.extract import extract
     from peft_mlm.commands.fill_mask import fill_mask
     from peft_mlm.commands.merge import merge
     from peft_mlm.commands.train import train
@@ -17,11 +20,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["evaluate", "fill_mask", "load", "merge", "train"]
+__all__ = ["combine", "convert", "evaluate", "extract", "fill_mask", "load", "merge", "train"]
 
 _MODULES = {
     "train": "peft_mlm.commands.train",
+    "combine": "peft_mlm.commands.combine",
+    "convert": "peft_mlm.commands.convert",
     "evaluate": "peft_mlm.commands.evaluate",
+    "extract": "peft_mlm.commands.extract",
     "fill_mask": "peft_mlm.commands.fill_mask",
     "merge": "peft_mlm.commands.merge",
     "load": "peft_mlm.loading",

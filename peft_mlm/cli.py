@@ -22,6 +22,9 @@ COMMANDS = {
     "evaluate": ("evaluate", "measure loss, perplexity and masked accuracy of a base, an adapter or a merged model"),
     "fill-mask": ("fill_mask", "predict the masked tokens of a text"),
     "merge": ("merge", "merge an adapter into its base and prove that nothing changed"),
+    "combine": ("combine", "combine several adapters into one, and search for their weights"),
+    "convert": ("convert", "make LoRA of an adapter of another method, or lower the rank of a LoRA adapter"),
+    "extract": ("extract", "make a LoRA adapter of a fully trained model and its base"),
     "demo": ("demo", "train, measure and merge on a real antibody model, without network"),
 }
 USER_ERROR = 2

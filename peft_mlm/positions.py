@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -9,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # run_mlm's limit for models that hold more: longer rows cost memory that a consumer GPU does not have.
 DEFAULT_MAX_SEQ_LENGTH = 1024
+# What PEFT adds to the name of a table that an adapter changes.
+WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)$")
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -48,7 +51,7 @@ def padding_position(model: PreTrainedModel) -> int | None:
 def _position_tables(model: PreTrainedModel) -> Iterator[nn.Embedding]:
     for name, module in model.named_modules():
         # The whole last part of the name: LayoutLM has x_position_embeddings for places on a page.
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings":
+        if isinstance(module, nn.Embedding) and WRAPPED.sub("", name).rpartition(".")[2] == "position_embeddings":
             yield module
 
 

@@ -131,6 +131,23 @@ def check_output_dir(path: Path, *, resume: bool) -> None:
         raise RunFolderError(f"output_dir {path}: no permission to write in {parent}. Give another folder.")
 
 
+def check_new_folder(path: Path) -> None:
+    """Check, without writing, that a folder can be made as a whole: written beside its place, then put there.
+
+    Args:
+        path: `output_dir`.
+
+    Raises:
+        RunFolderError: It is a file, is not empty, is the folder one is in, or there is no permission to make it.
+    """
+    check_output_dir(path, resume=False)
+    if path.is_dir() and path.samefile(Path.cwd()):
+        raise RunFolderError(f"output_dir {path} is the folder you are in. Give a new one.")
+    beside = path.resolve().parent
+    if beside.exists() and not os.access(beside, os.W_OK):
+        raise RunFolderError(f"output_dir {path} cannot be made: no permission to write in {beside}.")
+
+
 def find_checkpoint(run: RunFolder, wanted: str) -> Path:
     """Find the checkpoint to resume from.
 

@@ -16,6 +16,9 @@ ARGUMENTS = {
     "evaluate": tuple(name for name, field in argument_fields().items() if field.group in ("data", "training")),
     "fill-mask": ("top_k", "base", "use_base"),
     "merge": ("output_dir", "base", "dtype"),
+    "combine": ("output_dir", "weights", "method", "rank", "density", "seed", "trained_modules", "base", "search"),
+    "convert": ("output_dir", "rank", "base", "any_base"),
+    "extract": ("output_dir", "rank", "base", "carry", "lora_target_modules"),
     "demo": ("output_dir",),
 }
 # The signal comes while the command reads standard input.
