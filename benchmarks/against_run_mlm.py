@@ -165,16 +165,19 @@ def main() -> None:
     given = parser.parse_args()
     from peft_mlm.run_folder import describe_environment
 
-    rows = [compare(name, given.steps, given.rounds) for name in given.works.split(",")]
+    rows = {row["name"]: row for row in (compare(name, given.steps, given.rounds) for name in given.works.split(","))}
     record = {
         "environment": describe_environment("cpu"),
         "processor": processor(),
         "matmul_peak": matmul_peak(),
-        "rows": rows,
     }
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / "against_run_mlm.json").write_text(json.dumps(record, indent=2) + "\n")
+    path = Path(__file__).parent / "results" / "against_run_mlm.json"
+    path.parent.mkdir(exist_ok=True)
+    # Works that were left out keep the rows they have.
+    kept = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.is_file() else {}
+    in_order = [work.what for work in WORKS.values()]
+    record["rows"] = sorted((kept | rows).values(), key=lambda row: in_order.index(row["name"]))
+    path.write_text(json.dumps(record, indent=2) + "\n")
     print(table(record))
 
 
