@@ -7,12 +7,12 @@ cut from them: what one text is wrapped in is found here, by `special_token_fram
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,14 +20,15 @@ import tokenizers
 import transformers
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from peft_mlm.errors import ModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from peft_mlm.word_memo import Ids, Lengths, WordMemo, joined
 
 _TOKEN_FEATURES = Features({"input_ids": List(Value("int32"))})
 _BATCH_SIZE = 1000
+# Bytes of text that are worth a process of their own: a few seconds of work.
+_FAST_SHARE, _SLOW_SHARE = 2**26, 2**21
 # What a tokenizer saves that does not decide its ids here: settings of the last call, and of the way it was loaded.
 _NO_MATTER = {
     "tokenizer.json": {"truncation", "padding"},
@@ -126,7 +127,8 @@ def tokenize(
     Args:
         texts: Data set with the column `text`.
         tokenizer: Fast or slow; its own truncation and padding settings are not used.
-        num_proc: Processes to use; None (default) or 1 for this process alone. It does not change the result.
+        num_proc: Processes to use; None (default) for this process alone, or as many as there are cores where there is
+            much text. It does not change the result.
         overwrite_cache: Tokenise again although a result is kept. Default False.
 
     Returns:
@@ -136,13 +138,14 @@ def tokenize(
     versions = [transformers.__version__, tokenizers.__version__]
     if len(texts) == 0:  # map() gives an empty data set back without calling the function
         return Dataset.from_dict({"input_ids": []}, features=_TOKEN_FEATURES)
+    processes = _processes(num_proc, texts, fast=_is_plain_rust(tokenizer))
     return texts.map(
-        partial(_encode_batch, tokenizer=tokenizer),
+        _Encoder(tokenizer, one_thread=processes is not None),
         batched=True,
         batch_size=_BATCH_SIZE,
         remove_columns=texts.column_names,
         features=_TOKEN_FEATURES,
-        num_proc=_processes(num_proc, len(texts)),
+        num_proc=processes,
         load_from_cache_file=not overwrite_cache,
         new_fingerprint=Hasher.hash(key + versions),
         desc="Tokenise",
@@ -176,9 +179,14 @@ def describe_tokens(tokenized: Dataset, tokenizer: PreTrainedTokenizerBase) -> T
     )
 
 
-def _processes(num_proc: int | None, texts: int) -> int | None:
+def _processes(num_proc: int | None, texts: Dataset, *, fast: bool) -> int | None:
     """Resolve the number of processes: None for this process alone (datasets starts a pool even for 1)."""
-    processes = min(num_proc or 1, texts)
+    if num_proc is None and multiprocessing.get_all_start_methods()[0] != "fork":
+        return None  # where a process starts anew, a script has to be written for that: only if it is asked for
+    if num_proc is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_proc = min(cores, texts.data.nbytes // (_FAST_SHARE if fast else _SLOW_SHARE))
+    processes = min(num_proc, len(texts))
     return processes if processes > 1 else None
 
 
@@ -199,14 +207,42 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, add_special_to
     return ids
 
 
-def _encode_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> pa.Table:
-    """Encode a batch of texts to an Arrow table, which datasets writes as it is."""
-    rows = _encode(batch["text"], tokenizer)
-    lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
-    offsets = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    values = np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum()))
-    return pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))})
+class _Encoder:
+    """Encodes batches of texts to Arrow tables, which datasets writes as they are.
+
+    What a fast tokenizer needs beside itself is made in the process that encodes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, one_thread: bool = False) -> None:
+        self.tokenizer, self.one_thread = tokenizer, one_thread
+        self.memo: WordMemo | None = None
+
+    def __call__(self, batch: dict[str, list[str]]) -> pa.Table:
+        ids, lengths = self._encode(batch["text"])
+        offsets = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=offsets[1:])
+        return pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))})
+
+    def _encode(self, texts: list[str]) -> tuple[Ids, Lengths]:
+        if not _is_plain_rust(self.tokenizer):
+            return joined(_encode(texts, self.tokenizer))
+        if self.memo is None:
+            if self.one_thread:  # in one of several processes, which fill the cores
+                os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            # Puts truncation, padding and the splitting of special tokens into the state of such calls.
+            _encode([""], self.tokenizer)
+            self.memo = WordMemo(self.tokenizer.backend_tokenizer)
+        return self.memo.encode(texts)
+
+
+def _is_plain_rust(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether calling the tokenizer is calling its Rust part: some do more in Python."""
+    kind = type(tokenizer)
+    return (
+        isinstance(tokenizer, TokenizersBackend)
+        and kind.__call__ is PreTrainedTokenizerBase.__call__
+        and kind._encode_plus is TokenizersBackend._encode_plus
+    )
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
