@@ -140,7 +140,7 @@ class DataTrainingArguments:
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again although a cached result exists."})
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise; one if not given."}
+        default=None, metadata={"help": "Processes that tokenise. If not given: one; one per core for much text."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first N evaluation rows."})

@@ -7,10 +7,12 @@ cut from them: what one text is wrapped in is found here, by `special_token_fram
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,14 +25,16 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
 from datasets.utils import tqdm as progress_bar
-from transformers import PreTrainedTokenizerBase
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from peft_mlm.arrow_files import written_beside
 from peft_mlm.errors import ModelError
+from peft_mlm.word_memo import Ids, Lengths, WordMemo, joined
 
 _TOKEN_FEATURES = Features({"input_ids": List(Value("int32"))})
 _BATCH_SIZE = 1000
+# Bytes of text that are worth a process of their own: a few seconds of work.
+_FAST_SHARE, _SLOW_SHARE = 2**26, 2**21
 # What a tokenizer saves that does not decide its ids here: settings of the last call, and of the way it was loaded.
 _NO_MATTER = {
     "tokenizer.json": {"truncation", "padding"},
@@ -129,27 +133,30 @@ def tokenize(
     Args:
         texts: Data set with the column `text`.
         tokenizer: Fast or slow; its own truncation and padding settings are not used.
-        num_proc: Processes to use where the tokenizer is a slow one, or has code of its own around the fast one; the
-            fast ones use all cores by threads. It does not change the result.
+        num_proc: Processes to use; None (default) for this process alone, or as many as there are cores where there is
+            much text. It does not change the result.
         overwrite_cache: Tokenise again although a result is kept. Default False.
 
     Returns:
         Data set of as many rows, with the one column `input_ids` (list of int32).
     """
     key = [_RESULT_VERSION, texts._fingerprint, _tokenizer_fingerprint(tokenizer)]
-    fingerprint = Hasher.hash([*key, transformers.__version__, tokenizers.__version__])
+    versions = [transformers.__version__, tokenizers.__version__]
     if len(texts) == 0:  # map() gives an empty data set back without calling the function
         return Dataset.from_dict({"input_ids": []}, features=_TOKEN_FEATURES)
-    if _takes_batches_as_they_are(tokenizer):
-        write = partial(_write_tokens, texts=texts, tokenizer=tokenizer)
+    fingerprint = Hasher.hash(key + versions)
+    processes = _processes(num_proc, texts, fast=_is_plain_rust(tokenizer))
+    encoder = _Encoder(tokenizer, one_thread=processes is not None)
+    if processes is None:
+        write = partial(_write_tokens, texts=texts, encoder=encoder)
         return written_beside(texts, fingerprint, _TOKEN_FEATURES, write, reuse=not overwrite_cache)
     return texts.map(
-        partial(_encode_batch, tokenizer=tokenizer),
+        encoder,
         batched=True,
         batch_size=_BATCH_SIZE,
         remove_columns=texts.column_names,
         features=_TOKEN_FEATURES,
-        num_proc=_processes(num_proc, len(texts)),
+        num_proc=processes,
         load_from_cache_file=not overwrite_cache,
         new_fingerprint=fingerprint,
         desc="Tokenise",
@@ -183,9 +190,14 @@ def describe_tokens(tokenized: Dataset, tokenizer: PreTrainedTokenizerBase) -> T
     )
 
 
-def _processes(num_proc: int | None, texts: int) -> int | None:
+def _processes(num_proc: int | None, texts: Dataset, *, fast: bool) -> int | None:
     """Resolve the number of processes: None for this process alone (datasets starts a pool even for 1)."""
-    processes = min(num_proc or 1, texts)
+    if num_proc is None and multiprocessing.get_all_start_methods()[0] != "fork":
+        return None  # where a process starts anew, a script has to be written for that: only if it is asked for
+    if num_proc is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_proc = min(cores, texts.data.nbytes // (_FAST_SHARE if fast else _SLOW_SHARE))
+    processes = min(num_proc, len(texts))
     return processes if processes > 1 else None
 
 
@@ -206,57 +218,63 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, add_special_to
     return ids
 
 
-def _takes_batches_as_they_are(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether encoding is the Rust tokenizer's work alone."""
-    kind: Any = type(tokenizer)
+def _write_tokens(writer: ArrowWriter, texts: Dataset, encoder: _Encoder) -> None:
+    """Encode batch after batch: a thread has the next one while this one is written."""
+    batches = texts.with_format("arrow").iter(batch_size=_BATCH_SIZE)
+
+    def encoded() -> Iterator[pa.Table]:
+        with ThreadPoolExecutor(1) as ahead:
+            waiting = None
+            for batch in batches:
+                following = ahead.submit(encoder, {"text": batch.column("text").to_pylist()})
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = following
+            if waiting is not None:
+                yield waiting.result()
+
+    with progress_bar(total=len(texts), desc="Tokenise", unit=" texts") as bar:
+        for table in encoded():
+            writer.write_table(table, len(table))
+            bar.update(len(table))
+
+
+class _Encoder:
+    """Encodes batches of texts to Arrow tables, which datasets writes as they are.
+
+    What a fast tokenizer needs beside itself is made in the process that encodes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, one_thread: bool = False) -> None:
+        self.tokenizer, self.one_thread = tokenizer, one_thread
+        self.memo: WordMemo | None = None
+
+    def __call__(self, batch: dict[str, list[str]]) -> pa.Table:
+        ids, lengths = self._encode(batch["text"])
+        offsets = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=offsets[1:])
+        return pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))})
+
+    def _encode(self, texts: list[str]) -> tuple[Ids, Lengths]:
+        if not _is_plain_rust(self.tokenizer):
+            return joined(_encode(texts, self.tokenizer))
+        if self.memo is None:
+            if self.one_thread:  # in one of several processes, which fill the cores
+                os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            # Puts truncation, padding and the splitting of special tokens into the state of such calls.
+            _encode([""], self.tokenizer)
+            self.memo = WordMemo(self.tokenizer.backend_tokenizer)
+        return self.memo.encode(texts)
+
+
+def _is_plain_rust(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether calling the tokenizer is calling its Rust part: some do more in Python."""
+    kind = type(tokenizer)
     return (
         isinstance(tokenizer, TokenizersBackend)
         and kind.__call__ is PreTrainedTokenizerBase.__call__
         and kind._encode_plus is TokenizersBackend._encode_plus
     )
-
-
-def _write_tokens(writer: ArrowWriter, texts: Dataset, tokenizer: Any) -> None:
-    """Encode batch after batch: the threads of the Rust tokenizer have the next one while this one is written."""
-    backend = tokenizer.backend_tokenizer
-    truncation, padding, splits = backend.truncation, backend.padding, backend.encode_special_tokens
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-
-    def encode(table: pa.Table) -> list[tokenizers.Encoding]:
-        # Without offsets, which nobody reads.
-        return list(backend.encode_batch_fast(table.column("text").to_pylist(), add_special_tokens=False))
-
-    tables = texts.with_format("arrow").iter(batch_size=_BATCH_SIZE)
-    try:
-        with ThreadPoolExecutor(1) as ahead, progress_bar(total=len(texts), desc="Tokenise", unit="texts") as bar:
-            waiting = ahead.submit(encode, next(tables))
-            for table in chain(tables, [None]):
-                encoded = waiting.result()
-                if table is not None:
-                    waiting = ahead.submit(encode, table)
-                writer.write_table(_token_table([one.ids for one in encoded]), len(encoded))
-                bar.update(len(encoded))
-    finally:
-        backend.encode_special_tokens = splits
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
-
-
-def _encode_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> pa.Table:
-    """Encode a batch of texts to an Arrow table, which datasets writes as it is."""
-    return _token_table(_encode(batch["text"], tokenizer))
-
-
-def _token_table(rows: list[list[int]]) -> pa.Table:
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    offsets = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    values = np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum()))
-    return pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))})
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
