@@ -148,7 +148,8 @@ class DataTrainingArguments:
         default="chunked",
         metadata={
             "help": "chunked: texts side by side, cut to max_seq_length, nothing lost; packed: whole texts side by "
-            "side, each read as if it stood alone; line: one row per text; run_mlm: exactly the rows of HuggingFace's run_mlm.py."
+            "side, each read as if it stood alone; line: one row per text; run_mlm: exactly the rows of HuggingFace's "
+            "run_mlm.py."
         },
     )
     line_by_line: bool = field(default=False, metadata={"help": "The same as --rows line."})

@@ -2,7 +2,8 @@
 
 Attention stays inside a document by a mask with one block for each (Krell et al. 2021,
 https://arxiv.org/abs/2107.02027), and the positions of each start anew. The mask holds numbers that are added to the
-scores: a mask of truth values is added as 0 and 1 by some eager attention code. Padding sees padding alone, so that no
+scores: a mask of truth values is added as 0 and 1 by some eager attention code. Flash attention is told
+where documents start, and makes no mask. Padding sees padding alone, so that no
 row of the mask is empty.
 
 Where the mask has to go differs by model type (`ModelType.documents`); what the type's row promises is proved on the
@@ -25,8 +26,9 @@ from peft_mlm.model_types import MODEL_TYPES, ModelType
 from peft_mlm.positions import padding_position
 from peft_mlm.probing import evaluating
 
-# Attention code that takes a mask of numbers as it is.
-ATTENTION = ("eager", "sdpa")
+# Attention code that takes a mask of numbers, and code that takes the places where documents start instead. Flex
+# attention would take a mask of its own; it has no backward pass on a CPU, and is not offered untried.
+ATTENTION, FLASH = ("eager", "sdpa"), "flash_attention_2"
 # Tokens of the documents of the probe; a longer one goes beyond the model's window of attention, where it has one.
 _PROBE_LENGTHS = (12, 5, 9)
 
@@ -46,10 +48,12 @@ def why_not_apart(model: PreTrainedModel, longest: int) -> str | None:
     kind = model.config.model_type
     if MODEL_TYPES.get(kind, ModelType()).documents == "none":
         return f"transformers has no way to keep them apart in {kind} models"
-    attention = model.config.get_text_config()._attn_implementation
-    if attention not in ATTENTION:
-        return f"attn_implementation {attention} does not take a mask of documents here; {' and '.join(ATTENTION)} do"
-    with evaluating(model), torch.no_grad():
+    attention = _attention(model)
+    if attention not in (*ATTENTION, FLASH):
+        return f"attn_implementation {attention} does not take documents here; {', '.join(ATTENTION)} and {FLASH} do"
+    if attention == FLASH and torch.cuda.is_available():
+        model.to("cuda")  # it runs nowhere else, and in 16 bits alone
+    with evaluating(model), torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, attention == FLASH):
         try:
             alone, together = _probe(model, longest)
         except Exception as error:  # whatever the code of a model raises on a mask it was not made for
@@ -91,6 +95,11 @@ def documents_apart(model: PreTrainedModel, batch: Tensors) -> Iterator[dict[str
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = positions_in_documents(documents, inputs["input_ids"], padding_position(model))
     same = documents[:, None, :, None] == documents[:, None, None, :]
+    if _attention(model) == FLASH:
+        inputs |= {"attention_mask": None, **_starts_of_documents(documents)}
+        with _ratio_of_documents(model, same, inputs):
+            yield inputs
+        return
     how = MODEL_TYPES[model.config.model_type].documents
     if how == "mask of the encoder":
         with _encoder_sees(model, same), _ratio_of_documents(model, same, inputs):
@@ -130,14 +139,32 @@ def positions_in_documents(
     Returns:
         (B, T), int64.
     """
-    starts = torch.ones_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = _starts(documents)
     counted = torch.ones_like(starts) if padding_position is None else input_ids != padding_position
     numbers = counted.cumsum(dim=1)
     before = torch.where(starts, numbers - counted.long(), 0).cummax(dim=1).values
     if padding_position is None:
         return numbers - before - 1
     return (numbers - before) * counted + padding_position
+
+
+def _attention(model: PreTrainedModel) -> str:
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def _starts(documents: torch.Tensor) -> torch.Tensor:
+    """Tell where a document, a row or its padding starts: (B, T), bool."""
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return starts
+
+
+def _starts_of_documents(documents: torch.Tensor) -> dict[str, Any]:
+    """Give what flash attention reads: where documents start in all rows end to end, and the longest one's tokens."""
+    starts = _starts(documents).flatten().nonzero().flatten()
+    edges = torch.cat([starts, starts.new_tensor([documents.numel()])]).int()
+    longest = int(edges.diff().max())
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
 
 
 def _additive(model: PreTrainedModel, seen: torch.Tensor) -> torch.Tensor:
@@ -169,13 +196,14 @@ def _encoder_sees(model: PreTrainedModel, same: torch.Tensor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ratio_of_documents(model: PreTrainedModel, same: torch.Tensor, inputs: Tensors) -> Iterator[None]:
+def _ratio_of_documents(model: PreTrainedModel, same: torch.Tensor, inputs: Mapping[str, Any]) -> Iterator[None]:
     """Let ESM scale each document's embeddings by the share of mask tokens in the document, not in the row."""
     if not getattr(model.config, "token_dropout", False):
         yield
         return
     masked = inputs["input_ids"] == model.config.mask_token_id
-    of_row = masked.sum(-1, keepdim=True) / inputs["attention_mask"].sum(-1, keepdim=True)
+    real = torch.ones_like(masked) if inputs["attention_mask"] is None else inputs["attention_mask"]
+    of_row = masked.sum(-1, keepdim=True) / real.sum(-1, keepdim=True)
     of_document = (same & masked[:, None, None, :]).sum(-1).squeeze(1) / same.sum(-1).squeeze(1)
     factor = ((1 - of_row) / (1 - of_document)).unsqueeze(-1)
 

@@ -40,9 +40,9 @@ class ModelType:
         positions: What sets the longest row: a table of position embeddings ("table"), one whose rows up to that of the
             padding are not used ("table after padding"), `max_position_embeddings` of the config ("config": longer rows
             would run, beyond what the model has seen), or nothing ("none").
-        documents: What keeps documents side by side in a row apart, exact to rounding (`document_attention`): one mask, a
-            mask for each kind of layer (windows), or a mask that only the encoder behind the embeddings may see. Where
-            a window is passed over by the mask, the type serves for rows that the window spans.
+        documents: What keeps documents side by side in a row apart, exact to rounding (`document_attention`): one mask,
+            one for each kind of layer (windows), or one that only the encoder behind the embeddings may see. Where a
+            mask passes over a window, the type serves for rows that the window spans.
         padding_shows: Whether the logits of a row change with the padding behind it, in spite of the attention mask.
         settings: Fields of the config that are set when the model is loaded.
         notice: What a user of this type should know.

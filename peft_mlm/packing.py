@@ -108,9 +108,11 @@ def make_rows(
         separator_id: Token between two texts in a row (chunked); None to put nothing between them.
         num_proc: What run_mlm.py got as `preprocessing_num_workers`: its rows depend on it, as each process has batches
             of its own. It changes the rows of run_mlm only, and starts no process.
+        side_by_side: Whether packed rows hold several texts (default), or one text or piece each.
 
     Returns:
-        Data set with the one column `input_ids` (list of int32), and the counts.
+        Data set with the column `input_ids` (list of int32), and `document_lengths` (the same; tokens of each document)
+        where documents stand side by side; and the counts.
 
     Raises:
         ArgumentsError: If `rows` is not one of these, or `max_seq_length` leaves no room for a token.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, modeling_flash_attention_utils
 
 from peft_mlm.collator import DOCUMENT_IDS, IGNORE_INDEX, from_tokenizer
 from peft_mlm.document_attention import documents_apart, positions_in_documents, why_not_apart
@@ -20,14 +21,12 @@ from peft_mlm.model_types import MODEL_TYPES
 from tests.tiny import letter_tokenizer, tiny_config, tiny_model
 
 TAKE_DOCUMENTS = sorted(name for name, row in MODEL_TYPES.items() if row.documents != "none")
+AFTER_PADDING = [name for name in TAKE_DOCUMENTS if MODEL_TYPES[name].positions == "table after padding"]
 OTHERS = sorted(name for name, row in MODEL_TYPES.items() if row.documents == "none" and row.refusal is None)
 # Windows that the documents here reach beyond, where the type can be told of them.
 WINDOWS = {"modernbert": {"local_attention": 8}, "modernvbert": {"local_attention": 8}}
 # Computed in float32 inside a model of float64: softmax of eager attention, tables of sines.
-IN_FLOAT32 = {
-    (name, "eager")
-    for name in ("eurobert", "layoutlm", "modernbert", "modernvbert", "roformer", "ultrabert", "ultravbert")
-}
+IN_FLOAT32 = ("eurobert", "layoutlm", "modernbert", "modernvbert", "roformer", "ultrabert", "ultravbert")
 LENGTHS = [[5, 30, 7, 4], [9, 3]]
 CASES = [(name, code) for name in TAKE_DOCUMENTS for code in ("eager", "sdpa") if code in MODEL_TYPES[name].attention]
 
@@ -67,7 +66,22 @@ def loss_alone(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize(("model_type", "attention"), CASES)
 def test_loss_and_gradients_are_those_of_each_document_alone(model_type: str, attention: str) -> None:
     model = model_of(model_type, attention).double()
-    allowed = 1e-5 if (model_type, attention) in IN_FLOAT32 else 1e-9
+    check_against_documents_alone(model, 1e-5 if model_type in IN_FLOAT32 and attention == "eager" else 1e-9)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("positions", ["absolute", "rotary"])
+def test_esm_scales_by_the_mask_tokens_of_each_document(positions: str, attention: str) -> None:
+    """ESM-2 and ESM-1b scale embeddings by the share of mask tokens; rows hold documents with other shares."""
+    model: Any = tiny_model(
+        "esm", position_embedding_type=positions, token_dropout=True, emb_layer_norm_before=positions == "absolute"
+    )
+    model.set_attn_implementation(attention)
+    check_against_documents_alone(model.double(), 1e-6)  # the share is computed in float32
+    assert why_not_apart(model.float(), longest=62) is None
+
+
+def check_against_documents_alone(model: Any, allowed: float) -> None:
     expected = loss_alone(model)
     wanted = gradients(model, expected)
     scale = max(1.0, *(float(g.abs().max()) for g in wanted))
@@ -123,8 +137,76 @@ def test_attention_code_that_takes_no_mask_of_numbers_is_told() -> None:
     model = tiny_model("bert")
     model.config._attn_implementation = "flex_attention"
     assert why_not_apart(model, longest=62) == (
-        "attn_implementation flex_attention does not take a mask of documents here; eager and sdpa do"
+        "attn_implementation flex_attention does not take documents here; eager, sdpa and flash_attention_2 do"
     )
+
+
+def varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """What the kernel of flash attention computes, by its signature, in plain torch: (tokens, heads, size)."""
+    assert not causal
+    assert cu_seqlens_q.dtype == torch.int32
+    parts = []
+    for start, end in pairwise(cu_seqlens_q.tolist()):
+        assert end - start <= max_seqlen_q == max_seqlen_k
+        query, key, value = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        places = torch.arange(end - start)
+        near = (places[:, None] - places).abs() <= (window_size[0] if window_size[0] >= 0 else end)
+        given = functional.scaled_dot_product_attention(query, key, value, attn_mask=near, scale=softmax_scale)
+        parts.append(given.transpose(0, 1))
+    return torch.cat(parts)
+
+
+def whole_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    rows, length = q.shape[:2]
+    edges = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    return varlen(*flat, edges, edges, length, length, 0.0, softmax_scale, causal, window_size).view(q.shape)
+
+
+@pytest.mark.parametrize(
+    "model_type", [name for name in TAKE_DOCUMENTS if "flash_attention_2" in MODEL_TYPES[name].attention]
+)
+def test_flash_attention_is_told_where_documents_start(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the kernel is transformers' own; the kernel needs a GPU, and is computed in plain torch here."""
+    kernels = (whole_rows, varlen, None, None, None)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_lazy_imports", lambda *args, **options: kernels)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    windows = {"sliding_window": 4} if model_type == "ultrabert" else WINDOWS.get(model_type, {})
+    model: Any = tiny_model(model_type, **windows).double()
+    expected = loss_alone(model)
+    wanted = gradients(model, expected)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.get_text_config()._attn_implementation = "flash_attention_2"
+    batch = collated(documents())
+    labels = batch.pop("labels")
+    total = sum_over_masked(model, batch, labels, cross_entropy_sum, door=None)
+    # eager attention, the reference, has a softmax in float32 in some types
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    scale = max(1.0, *(float(g.abs().max()) for g in wanted))
+    given = gradients(model, total)
+    assert max(float((a - b).abs().max()) for a, b in zip(given, wanted, strict=True)) < 1e-5 * scale
+    assert why_not_apart(model, longest=62) is None
 
 
 def test_an_unknown_type_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,13 +252,9 @@ def test_padding_changes_nothing_and_is_never_nan(side: str) -> None:
     assert not logits.isnan().any()
 
 
-@pytest.mark.parametrize(
-    "model_type", sorted(n for n, r in MODEL_TYPES.items() if r.positions == "table after padding")
-)
+@pytest.mark.parametrize("model_type", AFTER_PADDING)
 def test_positions_are_those_that_the_model_counts_itself(model_type: str) -> None:
     """From the padding's on in RoBERTa and its kin, and past padding tokens that stand in the text."""
-    if MODEL_TYPES[model_type].documents == "none":
-        pytest.skip("its documents stand alone")
     model = model_of(model_type)
     seen: list[torch.Tensor] = []
     table = next(m for n, m in model.named_modules() if n.endswith(".position_embeddings"))
