@@ -42,13 +42,15 @@ def padding_position(model: PreTrainedModel) -> int | None:
     Returns:
         The position, which is the id of the padding token too; None where positions are counted from 0.
     """
-    return next((table.padding_idx for table in _position_tables(model) if table.padding_idx is not None), None)
+    table = next(_position_tables(model), None)
+    return None if table is None else table.padding_idx
 
 
 def _position_tables(model: PreTrainedModel) -> Iterator[nn.Embedding]:
     for name, module in model.named_modules():
-        # The whole last part of the name: LayoutLM has x_position_embeddings for places on a page.
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings":
+        # A whole part of the name: LayoutLM has x_position_embeddings for places on a page. Any part, not the last: PEFT
+        # puts a module that is adapted or trained inside another one of its name.
+        if isinstance(module, nn.Embedding) and "position_embeddings" in name.split("."):
             yield module
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM, modeling_flash_attention_utils
 
@@ -18,7 +19,8 @@ from peft_mlm.document_packing import DOCUMENT_LENGTHS
 from peft_mlm.gathered_head import find_door, sum_over_masked
 from peft_mlm.metrics import cross_entropy_sum
 from peft_mlm.model_types import MODEL_TYPES
-from tests.tiny import letter_tokenizer, tiny_config, tiny_model
+from peft_mlm.positions import position_limit
+from tests.tiny import letter_tokenizer, perturb, tiny_config, tiny_model
 
 TAKE_DOCUMENTS = sorted(name for name, row in MODEL_TYPES.items() if row.documents != "none")
 AFTER_PADDING = [name for name in TAKE_DOCUMENTS if MODEL_TYPES[name].positions == "table after padding"]
@@ -271,6 +273,22 @@ def test_positions_are_those_that_the_model_counts_itself(model_type: str) -> No
     handle.remove()
     assert seen[0].tolist() == torch.cat(seen[1:], dim=1).tolist()
     assert seen[0][0].tolist() == [2, 3, 1, 4, 5, 2, 3, 4]
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["position_embeddings"]}, {"target": True}])
+def test_positions_are_right_where_their_table_is_trained_or_adapted(options: dict[str, Any]) -> None:
+    """PEFT then puts the table inside a module of its own."""
+    base = model_of("roberta")
+    limit = position_limit(base)
+    config = LoraConfig(
+        r=2,
+        target_modules=["query", "position_embeddings"] if options.get("target") else ["query"],
+        modules_to_save=options.get("modules_to_save"),
+    )
+    adapted = get_peft_model(base, config).double().eval()
+    perturb(adapted)
+    assert position_limit(base) == limit
+    check_against_documents_alone(adapted, 1e-9)
 
 
 def test_positions_without_a_padding_position_start_at_zero() -> None:
