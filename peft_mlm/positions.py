@@ -48,8 +48,8 @@ def padding_position(model: PreTrainedModel) -> int | None:
 
 def _position_tables(model: PreTrainedModel) -> Iterator[nn.Embedding]:
     for name, module in model.named_modules():
-        # A whole part of the name: LayoutLM has x_position_embeddings for places on a page. Any part, not the last: PEFT
-        # puts a module that is adapted or trained inside another one of its name.
+        # A whole part of the name (LayoutLM has x_position_embeddings for places on a page), and not the last alone:
+        # PEFT puts a module that is adapted or trained inside another one of its name.
         if isinstance(module, nn.Embedding) and "position_embeddings" in name.split("."):
             yield module
 
