@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_mlm.arguments import DataTrainingArguments, Rows
+from peft_mlm.arguments import DataTrainingArguments
 from peft_mlm.collator import MaskingCollator, from_tokenizer
 from peft_mlm.data import TextData
 from peft_mlm.document_attention import why_not_apart
@@ -139,16 +139,16 @@ def _make_split(
         "text_tokens": token_facts["tokens"],
         **{name: token_facts[name] for name in ("unknown_tokens", "unknown_share", "longest_text")},
         **{name: value for name, value in asdict(row_facts).items() if name != "texts"},
-        "fill_rate": _fill_rate(row_facts, arguments.rows, max_seq_length, len(prefix) + len(suffix)),
+        "fill_rate": _fill_rate(row_facts, max_seq_length, len(prefix) + len(suffix))
+        if arguments.rows == "packed" and side_by_side
+        else None,
         "rows_used": len(rows) if limit is None else min(limit, len(rows)),
     }
     return rows.select(range(facts["rows_used"])), facts
 
 
-def _fill_rate(facts: RowFacts, rows: Rows, max_seq_length: int, special: int) -> float | None:
-    """Share of the rows' places that documents fill, their special tokens included (packed)."""
-    if rows != "packed":
-        return None
+def _fill_rate(facts: RowFacts, max_seq_length: int, special: int) -> float:
+    """Share of the rows' places that documents fill, their special tokens included."""
     return round((facts.tokens + special * facts.documents) / (max_seq_length * facts.rows), 4)
 
 

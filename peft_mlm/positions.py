@@ -45,7 +45,8 @@ def padding_position(model: PreTrainedModel) -> int | None:
     Returns:
         The position, which is the id of the padding token too; None where positions are counted from 0.
     """
-    return next((table.padding_idx for table in _position_tables(model) if table.padding_idx is not None), None)
+    table = next(_position_tables(model), None)
+    return None if table is None else table.padding_idx
 
 
 def _position_tables(model: PreTrainedModel) -> Iterator[nn.Embedding]:

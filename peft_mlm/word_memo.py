@@ -75,8 +75,8 @@ class WordMemo:
         if self.active and not self.proved:
             self.proved = True
             some = texts[:PROVED_TEXTS]
-            pairs = zip(self._by_words(some), self._whole(some), strict=True)
-            self.active = all(np.array_equal(given, expected) for given, expected in pairs)
+            (ids, lengths), (wanted, their_lengths) = self._by_words(some), self._whole(some)
+            self.active = np.array_equal(ids, wanted) and np.array_equal(lengths, their_lengths)
         return self._by_words(texts) if self.active and texts else self._whole(texts)
 
     def _whole(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:

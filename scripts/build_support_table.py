@@ -96,7 +96,7 @@ def type_rows(folder: Path) -> list[str]:
     rows = []
     for name, row in sorted(MODEL_TYPES.items()):
         if row.refusal is not None:
-            rows.append(f"| {name} | refused: {row.refusal} | | | | | | | |")
+            rows.append(f"| {name} | refused: {row.refusal} | | | | | | | | |")
             continue
         with quietly():
             seen = run_type(name, folder / name)
@@ -106,7 +106,7 @@ def type_rows(folder: Path) -> list[str]:
             f"| {name} | {number(seen.train)} | {number(seen.gradient)} | {number(seen.reload)} | "
             f"{number(seen.merge)} | "
             f"{', '.join(row.head)}; {tie} | {attention} | {'yes' if row.checkpointing else 'no'} | "
-            f"{POSITIONS[row.positions]} |"
+            f"{POSITIONS[row.positions]} | {'no' if row.documents == 'none' else 'yes'} |"
         )
         tell(rows[-1])
     return rows
@@ -214,10 +214,11 @@ difference that was seen, of any logit unless said otherwise; logits are of the 
 Each type is trained with a LoRA adapter, which is saved, loaded on the untouched base, merged, saved and loaded by
 plain transformers. *Training*: the trained weights, against a plain PEFT model in a plain loop. *Gradient*: of our loss
 over unequal micro-batches, against the cross-entropy of the whole batch, as a share of the largest gradient. *Reload*
-and *merge*: in float32, against the model that was trained.
+and *merge*: in float32, against the model that was trained. *Packed*: whether texts can stand side by side in a row
+(`--rows packed`); UltraBERT and UltraVBERT need flash attention for that where rows are longer than their windows.
 
-| type | training | gradient | reload | merge | head | attention | activation checkpointing | row length |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| type | training | gradient | reload | merge | head | attention | activation checkpointing | row length | packed |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(types)}
 
 ## Methods

@@ -184,9 +184,13 @@ def plain_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def train_ours(model: torch.nn.Module, batches: list[Batch]) -> None:
-    """A few steps with our loss, dropout on."""
+    """A few steps with our loss, dropout on.
+
+    Picked before the head: within the last layer, dropout would be drawn for the picked rows alone, and thus otherwise.
+    """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     door = find_door(model)  # type: ignore[arg-type]
+    door = None if door is None else door._replace(last_layer=None)
     model.train()
     for step in range(STEPS):
         torch.manual_seed(step)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM, modeling_flash_attention_utils
 
@@ -18,7 +19,8 @@ from peft_mlm.document_packing import DOCUMENT_LENGTHS
 from peft_mlm.gathered_head import find_door, sum_over_masked
 from peft_mlm.metrics import cross_entropy_sum
 from peft_mlm.model_types import MODEL_TYPES
-from tests.tiny import letter_tokenizer, tiny_config, tiny_model
+from peft_mlm.positions import position_limit
+from tests.tiny import letter_tokenizer, perturb, tiny_config, tiny_model
 
 TAKE_DOCUMENTS = sorted(name for name, row in MODEL_TYPES.items() if row.documents != "none")
 AFTER_PADDING = [name for name in TAKE_DOCUMENTS if MODEL_TYPES[name].positions == "table after padding"]
@@ -26,10 +28,7 @@ OTHERS = sorted(name for name, row in MODEL_TYPES.items() if row.documents == "n
 # Windows that the documents here reach beyond, where the type can be told of them.
 WINDOWS = {"modernbert": {"local_attention": 8}, "modernvbert": {"local_attention": 8}}
 # Computed in float32 inside a model of float64: softmax of eager attention, tables of sines.
-IN_FLOAT32 = {
-    (name, "eager")
-    for name in ("eurobert", "layoutlm", "modernbert", "modernvbert", "roformer", "ultrabert", "ultravbert")
-}
+IN_FLOAT32 = ("eurobert", "layoutlm", "modernbert", "modernvbert", "roformer", "ultrabert", "ultravbert")
 LENGTHS = [[5, 30, 7, 4], [9, 3]]
 CASES = [(name, code) for name in TAKE_DOCUMENTS for code in ("eager", "sdpa") if code in MODEL_TYPES[name].attention]
 
@@ -69,7 +68,22 @@ def loss_alone(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize(("model_type", "attention"), CASES)
 def test_loss_and_gradients_are_those_of_each_document_alone(model_type: str, attention: str) -> None:
     model = model_of(model_type, attention).double()
-    allowed = 1e-5 if (model_type, attention) in IN_FLOAT32 else 1e-9
+    check_against_documents_alone(model, 1e-5 if model_type in IN_FLOAT32 and attention == "eager" else 1e-9)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("positions", ["absolute", "rotary"])
+def test_esm_scales_by_the_mask_tokens_of_each_document(positions: str, attention: str) -> None:
+    """ESM-2 and ESM-1b scale embeddings by the share of mask tokens; rows hold documents with other shares."""
+    model: Any = tiny_model(
+        "esm", position_embedding_type=positions, token_dropout=True, emb_layer_norm_before=positions == "absolute"
+    )
+    model.set_attn_implementation(attention)
+    check_against_documents_alone(model.double(), 1e-6)  # the share is computed in float32
+    assert why_not_apart(model.float(), longest=62) is None
+
+
+def check_against_documents_alone(model: Any, allowed: float) -> None:
     expected = loss_alone(model)
     wanted = gradients(model, expected)
     scale = max(1.0, *(float(g.abs().max()) for g in wanted))
@@ -259,6 +273,22 @@ def test_positions_are_those_that_the_model_counts_itself(model_type: str) -> No
     handle.remove()
     assert seen[0].tolist() == torch.cat(seen[1:], dim=1).tolist()
     assert seen[0][0].tolist() == [2, 3, 1, 4, 5, 2, 3, 4]
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["position_embeddings"]}, {"target": True}])
+def test_positions_are_right_where_their_table_is_trained_or_adapted(options: dict[str, Any]) -> None:
+    """PEFT then puts the table inside a module of its own."""
+    base = model_of("roberta")
+    limit = position_limit(base)
+    config = LoraConfig(
+        r=2,
+        target_modules=["query", "position_embeddings"] if options.get("target") else ["query"],
+        modules_to_save=options.get("modules_to_save"),
+    )
+    adapted = get_peft_model(base, config).double().eval()
+    perturb(adapted)
+    assert position_limit(base) == limit
+    check_against_documents_alone(adapted, 1e-9)
 
 
 def test_positions_without_a_padding_position_start_at_zero() -> None:

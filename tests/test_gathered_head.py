@@ -173,3 +173,22 @@ def test_a_last_layer_that_is_passed_over_leaves_the_picking_to_the_head() -> No
     model.get_base_model().bert.encoder.layer[0].output.forward = lambda hidden, residual: residual
     expected = by_hand(model, inputs, labels)
     assert torch.allclose(sum_over_masked(model, inputs, labels, cross_entropy_sum, door=nothing), expected)
+
+
+class _CutsAtTheLength(nn.Module):
+    """What follows the attention of a layer, cut at the length that the row had before (as in LUKE)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.rest = layer.attention, nn.Linear(1, 1)
+        self.finish = layer.feed_forward_chunk
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return self.finish(self.attention(hidden, *args, **options)[0])[:, : hidden.shape[1]]
+
+
+def test_a_layer_that_cuts_at_the_length_of_a_row_is_not_ended_early() -> None:
+    model: Any = tiny_model("bert").eval()
+    layers = model.bert.encoder.layer
+    layers[-1] = _CutsAtTheLength(layers[-1])
+    assert find_door(model) == ("cls", None)

@@ -196,7 +196,7 @@ def test_more_processes_than_texts_are_as_many_as_texts() -> None:
     assert made["input_ids"][:] == plain_run_mlm(texts, 20, BERT, 3)
 
 
-@pytest.mark.parametrize("rows", ["chunked", "line", "run_mlm"])
+@pytest.mark.parametrize("rows", ["chunked", "packed", "line", "run_mlm"])
 def test_rows_of_tokens_on_disk_lie_beside_them_and_are_the_same_as_in_memory(rows: Any, tmp_path: Path) -> None:
     texts = corpus(1500)
     with ArrowWriter(path=str(tmp_path / "tokens.arrow"), fingerprint="tokens") as writer:
@@ -230,7 +230,7 @@ def test_examples_in_the_documentation_are_right() -> None:
     assert result.attempted >= 10
 
 
-@pytest.mark.parametrize("rows", ["chunked", "line", "run_mlm"])
+@pytest.mark.parametrize("rows", ["chunked", "packed", "line", "run_mlm"])
 def test_length_without_room_for_text_is_refused(rows: Any) -> None:
     with pytest.raises(ArgumentsError, match=r"max_seq_length is 2, and a row has 2 special tokens.*at least 3"):
         make_rows(token_data([[1]]), rows=rows, max_seq_length=2, **BERT)

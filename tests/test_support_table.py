@@ -25,6 +25,12 @@ def test_every_type_method_and_variant_has_a_row() -> None:
     assert set(rows(VARIANT_ROWS, 1)) == set(VARIANTS)
 
 
+def test_the_page_says_of_each_type_whether_texts_can_stand_side_by_side() -> None:
+    for name, cells in rows(TYPES, 0).items():
+        row = MODEL_TYPES[name]
+        assert cells[9] == ("" if row.refusal else "no" if row.documents == "none" else "yes"), name
+
+
 def test_every_cell_is_a_result_or_the_reason_of_a_refusal() -> None:
     for name, cells in rows(TYPES, 0).items():
         if MODEL_TYPES[name].refusal is not None:

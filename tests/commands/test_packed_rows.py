@@ -77,6 +77,7 @@ def test_a_model_that_mixes_documents_falls_back_and_says_so(
     assert "transformers has no way to keep them apart in mobilebert models" in " ".join(answer.err.split())
     facts = json.loads((tmp_path / "run" / "dataset.json").read_text())["train"]
     assert facts["rows"] == facts["documents"] == facts["texts"]
+    assert facts["fill_rate"] is None
     settings = (tmp_path / "run" / "arguments.yaml").read_text()
     assert "rows: packed" in settings
     assert "train_sampling_strategy: group_by_length" in settings
@@ -105,6 +106,10 @@ def test_texts_longer_than_a_row_are_cut_and_told(
         {"init_lora_weights": "corda"},
         {"pad_to_max_length": True, "gradient_accumulation_steps": 2},
         {"dataloader_num_workers": 1},
+        {"activation_checkpointing": True},
+        {"load_in_4bit": True},
+        {"load_in_8bit": True},
+        {"bf16": True, "use_cpu": True},
     ],
     ids=lambda changes: "_".join(map(str, changes.values())),
 )
