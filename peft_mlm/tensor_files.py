@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,8 @@ TYPES = {
 }  # fmt: skip
 NAMES_OF_TYPES = {dtype: name for name, dtype in TYPES.items()}
 BUFFER = 8 * 2**20
+# Numbers in a block of rows: small enough to stay in a core's cache while something is done with them.
+BLOCK = 2**18
 # What the system says where two files cannot be copied within the kernel: the bytes then go through memory.
 NO_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
@@ -59,13 +61,13 @@ class Part:
         name: Its name in the new file.
         dtype: Its type there.
         shape: Its shape.
-        source: Where its bytes are copied from, or what makes it; called when its turn comes.
+        source: Where its bytes are copied from; or what makes its values when its turn comes, in blocks of rows.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    source: StoredTensor | Callable[[], torch.Tensor]
+    source: StoredTensor | Callable[[], Iterable[torch.Tensor]]
 
 
 def stored_tensors(file: Path) -> list[StoredTensor]:
@@ -116,6 +118,27 @@ def read_tensor(tensor: StoredTensor) -> torch.Tensor:
     with tensor.file.open("rb", buffering=0) as stream:
         _read_into(stream.fileno(), _view(raw), tensor.start)
     return raw.view(TYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def read_blocks(tensor: StoredTensor) -> Iterator[torch.Tensor]:
+    """Read a tensor some rows at a time.
+
+    Args:
+        tensor: From `stored_tensors`.
+
+    Yields:
+        Rows of it (all of a vector), in their order; the memory is that of the next ones.
+    """
+    dtype = TYPES[tensor.dtype]
+    whole = len(tensor.shape) < 2 or not tensor.size
+    row_size = tensor.size if whole else tensor.size // tensor.shape[0]
+    rows = 1 if whole else max(1, BLOCK * dtype.itemsize // row_size)
+    raw = torch.empty(rows * row_size, dtype=torch.uint8)
+    with tensor.file.open("rb", buffering=0) as stream:
+        for start in range(0, max(tensor.size, 1), max(len(raw), 1)):
+            piece = raw[: min(len(raw), tensor.size - start)]
+            _read_into(stream.fileno(), _view(piece), tensor.start + start)
+            yield piece.view(dtype).reshape(tensor.shape if whole else (-1, *tensor.shape[1:]))
 
 
 def read_values(tensor: StoredTensor, places: Sequence[int]) -> list[float]:
@@ -175,7 +198,7 @@ def write_tensors(file: Path, parts: Sequence[Part]) -> None:
             if isinstance(run, StoredTensor):
                 _copy(run, out)
             else:
-                _write(out, _bytes_of(run))
+                _write_blocks(run, out)
 
 
 def _size(part: Part) -> int:
@@ -202,12 +225,15 @@ def _runs(parts: Sequence[Part]) -> Iterator[StoredTensor | Part]:
         yield run
 
 
-def _bytes_of(part: Part) -> memoryview:
+def _write_blocks(part: Part, out: BinaryIO) -> None:
     assert not isinstance(part.source, StoredTensor)
-    tensor = part.source()
-    if tuple(tensor.shape) != part.shape:
-        raise ValueError(f"{part.name} has the shape {tuple(tensor.shape)}, not {part.shape}")
-    return _view(tensor.to(part.dtype).contiguous().reshape(-1).view(torch.uint8))
+    left = _size(part)
+    for block in part.source():
+        data = _view(block.to(part.dtype).contiguous().reshape(-1).view(torch.uint8))
+        left -= len(data)
+        _write(out, data)
+    if left:
+        raise ValueError(f"{part.name} was not made in its shape {part.shape}: {left} bytes are left")
 
 
 def _view(raw: torch.Tensor) -> memoryview:

@@ -61,7 +61,8 @@ def merge(
     """
     from peft_mlm.loading import check_base, prepare_adapter, resolve_target
     from peft_mlm.merging import REPORT, built_merge, write_merged
-    from peft_mlm.streaming_merge import plan_stream, stored_type, streamed_merge
+    from peft_mlm.stream_plan import plan_stream, stored_type
+    from peft_mlm.streaming_merge import streamed_merge
 
     _check_choices(dtype, into)
     output = Path(output_dir).expanduser()
