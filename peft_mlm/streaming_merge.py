@@ -8,7 +8,9 @@ weights. In memory is one matrix at a time.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from peft_mlm.adapter import ADAPTER, cast_with_adapter
 from peft_mlm.errors import MergeError
 from peft_mlm.head_mapping import WEIGHTS_INDEX
 from peft_mlm.merge_proof import precise_type
+from peft_mlm.run_folder import sync
 from peft_mlm.stream_plan import StreamPlan
 from peft_mlm.tensor_files import TYPES, Part, StoredTensor, read_blocks, read_tensor, write_tensors
 
@@ -47,8 +50,10 @@ def streamed_merge(plan: StreamPlan, dtype: str) -> Callable[[Path], None]:
         *_, last = written.values()
         for name in sorted(plan.replaced.keys() - stored.keys()):
             last.append(Part(name, kind, tuple(plan.replaced[name].shape), _whole(plan.replaced[name])))
-        for file_name, parts in written.items():
-            write_tensors(folder / file_name, parts)
+        with ThreadPoolExecutor(max_workers=1) as disk:  # one file goes to the disk while the next one is made
+            for file_name, parts in written.items():
+                write_tensors(folder / file_name, parts)
+                disk.submit(sync, folder / file_name)
         if len(written) > 1:
             _write_index(folder, written)
         config = plan.base.model.config
@@ -124,18 +129,19 @@ def _add_product(layer: Any, tensor: StoredTensor, precise: torch.dtype, dtype: 
     left, right = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
     if layer.fan_in_fan_out:
         left, right = right.T, left.T
-    start, limit = 0, torch.finfo(dtype).max
+    start = 0
     for rows in read_blocks(tensor):
         block = rows.to(precise, copy=True)
         block.addmm_(left[start : start + len(block)], right, alpha=layer.scaling[ADAPTER])
         start += len(block)
-        low, high = (float(edge) for edge in block.aminmax())
-        if not -limit <= low <= high <= limit:  # not for what is no number either
+        rounded = block.to(dtype)
+        # The sum is not finite where a number is not, and is faster found; seldom it alone is too large.
+        if not math.isfinite(float(rounded.sum())) and not rounded.isfinite().all():
             raise MergeError(
                 f"This adapter cannot be merged into its base: a sum in {tensor.name} is not finite in "
                 f"{str(dtype).removeprefix('torch.')}. Use another --dtype, or take the adapter from its source again."
             )
-        yield block
+        yield rounded
 
 
 def _write_index(folder: Path, written: Mapping[str, list[Part]]) -> None:
