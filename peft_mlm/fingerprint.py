@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from peft_mlm.errors import AdapterError
 from peft_mlm.run_folder import write_json
 
@@ -40,16 +42,31 @@ def base_fingerprint(model: PreTrainedModel, *, without: Collection[str] = ()) -
     for name, parameter in model.named_parameters():
         if name in without or not parameter.is_floating_point() or parameter.numel() == 0:
             continue
-        flat, count = parameter.detach().flatten(), parameter.numel()
-        # multiples of the golden ratio: spread over the tensor, and never all in one column
-        places = [int(count * (step * 0.618034 % 1)) for step in range(1, VALUES_PER_TENSOR + 1)]
-        values = [float(f"{flat[place].item():.6g}") for place in places]
-        weights[name] = {"shape": list(parameter.shape), "values": values}
+        flat = parameter.detach().flatten()
+        values = [flat[place].item() for place in sampled_places(parameter.numel())]
+        weights[name] = {"shape": list(parameter.shape), "values": [shortened(value) for value in values]}
     return {
         "architecture": type(model).__name__,
         "vocab_size": model.get_input_embeddings().weight.shape[0],
         "weights": weights,
     }
+
+
+def sampled_places(count: int) -> list[int]:
+    """Choose the numbers of a tensor that are kept: spread over it, and never all in one column.
+
+    Args:
+        count: How many it has.
+
+    Returns:
+        Their places in the tensor, laid out flat.
+    """
+    return [int(count * (step * 0.618034 % 1)) for step in range(1, VALUES_PER_TENSOR + 1)]  # the golden ratio
+
+
+def shortened(value: float) -> float:
+    """Write a number as a fingerprint holds it: six digits."""
+    return float(f"{value:.6g}")
 
 
 def write_fingerprint(fingerprint: Mapping[str, Any], folder: Path) -> None:
@@ -82,6 +99,24 @@ def read_fingerprint(folder: Path) -> dict[str, Any] | None:
         return {name: record[name] for name in ("architecture", "vocab_size", "weights")}
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{file} is damaged: {error!r}. Take the adapter from its source again.") from error
+
+
+def digest(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Shorten a fingerprint to a line, for reports.
+
+    Args:
+        fingerprint: From `base_fingerprint`.
+
+    Returns:
+        `architecture`, `vocab_size`, `tensors` (how many are told), and `hash` of their shapes and values.
+    """
+    weights = json.dumps(fingerprint["weights"], sort_keys=True).encode()
+    return {
+        "architecture": fingerprint["architecture"],
+        "vocab_size": fingerprint["vocab_size"],
+        "tensors": len(fingerprint["weights"]),
+        "hash": xxhash.xxh3_128_hexdigest(weights),
+    }
 
 
 def misfits(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:

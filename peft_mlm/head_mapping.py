@@ -91,10 +91,12 @@ class Checkpoint:
     Attributes:
         shapes: Shape by name.
         read: Gives the values of one of them.
+        files: Where they lie.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], torch.Tensor]
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def open_checkpoint(name_or_path: str, **options: Any) -> Checkpoint:
         with safe_open(files[name], framework="pt") as tensors:
             return tensors.get_tensor(name)
 
-    return Checkpoint(shapes, read)
+    return Checkpoint(shapes, read, tuple(Path(file) for file in dict.fromkeys(files.values())))
 
 
 def rename_checkpoint(model: PreTrainedModel, missing: Iterable[str], checkpoint: Checkpoint) -> Renaming:

@@ -71,6 +71,27 @@ class Loaded:
     base: Base
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter that was looked at: what its base is, and that it fits there by names and shapes.
+
+    Attributes:
+        arguments: How to load the base it was trained on.
+        outline: That base without weights; None where it has code of its own.
+        with_tokenizer: Whether the adapter brings a tokenizer.
+    """
+
+    arguments: ModelArguments
+    outline: PreTrainedModel | None
+    with_tokenizer: bool
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the base is quantised: as it is loaded, or in its file."""
+        stored = None if self.outline is None else getattr(self.outline.config, "quantization_config", None)
+        return self.arguments.load_in_4bit or self.arguments.load_in_8bit or stored is not None
+
+
 def resolve_target(name_or_path: str, *, base: str | None = None, part: Part = "adapted") -> Target:
     """Find out what a name or path is, and which base belongs to it.
 
@@ -139,7 +160,35 @@ def with_quantisation(target: Target, wanted: Mapping[str, Any]) -> Target:
     return replace(target, base=replace(target.base, **wanted))
 
 
-def load_target(target: Target, *, any_base: bool = False, dequantised: bool = False) -> Loaded:
+def prepare_adapter(target: Target, *, original: bool = False) -> Prepared:
+    """Look at an adapter and its base, before any weight is loaded.
+
+    Args:
+        target: Where to load from; it has an adapter.
+        original: Whether the base is to be the float one that was quantised for training.
+
+    Returns:
+        How to load the base, and its outline.
+
+    Raises:
+        ModelError: There is no such base.
+        AdapterError: The adapter does not fit it.
+    """
+    assert target.adapter is not None
+    config = check_adapter_folder(target.adapter)
+    with_tokenizer = brings_tokenizer(target.adapter)
+    arguments = with_base_recipe(target.base, target.adapter)
+    if original:
+        arguments = replace(arguments, load_in_4bit=False, load_in_8bit=False)
+    arguments = with_tokenizer_of(arguments, target.adapter)
+    outline = _of_base(target, arguments, load_outline)
+    if outline is not None:
+        rows = None if with_tokenizer else outline.get_input_embeddings().weight.shape[0]
+        check_adapter_fits(target.adapter, ADAPTER_WEIGHTS, config, outline, rows=rows)
+    return Prepared(arguments, outline, with_tokenizer)
+
+
+def load_target(target: Target, *, any_base: bool = False, dequantised: bool = False, original: bool = False) -> Loaded:
     """Load what `resolve_target` found.
 
     Args:
@@ -147,6 +196,7 @@ def load_target(target: Target, *, any_base: bool = False, dequantised: bool = F
         any_base: Put the adapter on a base with other weights than it was trained on.
         dequantised: Whether a quantised base is turned into the float32 model it computes as, on the CPU, before the
             adapter is put on it; its `dtype` must be float32.
+        original: Whether the adapter is put on the float base that was quantised for training.
 
     Returns:
         The model in evaluation mode, with its tokenizer.
@@ -165,15 +215,8 @@ def load_target(target: Target, *, any_base: bool = False, dequantised: bool = F
                 + " ".join(base.notices)
             )
         return Loaded(base.model, base.tokenizer, base)
-    config = check_adapter_folder(target.adapter)
-    with_tokenizer = brings_tokenizer(target.adapter)
-    arguments = with_base_recipe(target.base, target.adapter)
-    arguments = with_tokenizer_of(arguments, target.adapter)
-    outline = _of_base(target, arguments, load_outline)
-    if outline is not None:
-        rows = None if with_tokenizer else outline.get_input_embeddings().weight.shape[0]
-        check_adapter_fits(target.adapter, ADAPTER_WEIGHTS, config, outline, rows=rows)
-    base = _load_base(target, arguments, may_grow=with_tokenizer)
+    prepared = prepare_adapter(target, original=original)
+    base = _load_base(target, prepared.arguments, may_grow=prepared.with_tokenizer)
     check_base(target.adapter, base, any_base=any_base)
     if dequantised:
         dequantise(base.model).cpu()

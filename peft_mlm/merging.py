@@ -1,8 +1,13 @@
-"""Base + adapter -> one plain model, written as a whole and compared with what was trained."""
+"""Base + adapter -> one plain model, written as a whole and compared with what was trained.
+
+The merged weights come from PEFT's `merge_and_unload` of the built model, or file by file (`streaming_merge.py`); the
+proof is the same for both.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,20 +16,25 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_mlm.adapter import cast_with_adapter
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import MergeError
 from peft_mlm.heads import tied_parameters
-from peft_mlm.positions import position_limit
+from peft_mlm.merge_proof import (
+    ROUNDING_MARGIN,
+    TOLERANCE,
+    TOLERANCE_ON_TEXT,
+    ProofRows,
+    Seen,
+    check_difference,
+    compare_text,
+    effect_of_rounding,
+    observe,
+    precise_type,
+    probe_rows,
+)
 from peft_mlm.quantization import is_quantised
 from peft_mlm.run_folder import staged, write_json
 
-PROBE_ROWS, PROBE_LENGTH = 16, 64
-# Largest difference, as a share of the largest logit: far above rounding, far below any real fault.
-TOLERANCE = 1e-5
-# Up to this many parameters the sum and the comparison are made in float64, where only what was written counts: in
-# float32 the same model differs from itself by as much, when its sums are made in another order.
-FLOAT64_PARAMETERS = 500_000_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORT = "merge_report.json"
 
@@ -35,6 +45,8 @@ class MergeReport:
 
     Attributes:
         max_abs_logit_diff: Largest difference of any logit, on random rows of tokens, computed in `compared_in`.
+        tolerance: What this difference may be.
+        tolerance_because: Why.
         max_abs_logit_diff_as_run: The same, each model run in the type its weights have: with the rounding of its sums.
         max_abs_logit: Largest logit among them, to compare it with.
         top1_agreement: Share of positions where both give the same most probable token.
@@ -44,9 +56,13 @@ class MergeReport:
         compared_in: Type the comparison was computed in.
         max_abs_logit_diff_quantised: Largest difference from the adapter on its quantised base as it ran in training,
             which rounds inputs too (8 bits) or computes in a half type; None where the base was float.
+        text: The same on real text, run in float32 (`merge_proof.compare_text`), with its `tolerance`, its `source`,
+            and `quantised`, the scores of the adapter on its quantised base; None where no text was given.
     """
 
     max_abs_logit_diff: float
+    tolerance: float
+    tolerance_because: str
     max_abs_logit_diff_as_run: float
     max_abs_logit: float
     top1_agreement: float
@@ -55,19 +71,50 @@ class MergeReport:
     dtype: str
     compared_in: str
     max_abs_logit_diff_quantised: float | None = None
+    text: dict[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
         """Give the report as a record."""
         return dict(vars(self))
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a merged model must be.
+
+    Attributes:
+        seen: What base + adapter gave.
+        rows: On what.
+        compared_in: Type that `seen.precise` was computed in.
+        tied: Whether embeddings and decoder are one matrix.
+        quantised: What the adapter gave on its quantised base; None where the base was float.
+    """
+
+    seen: Seen
+    rows: ProofRows
+    compared_in: torch.dtype
+    tied: bool
+    quantised: Seen | None = None
+
+
+def expect(model: PeftModel, rows: ProofRows, *, quantised: Seen | None = None) -> Expected:
+    """See what base + adapter give, for the proof.
+
+    Args:
+        model: A float base with the adapter; it is left in float64 (float32 if it is large).
+        rows: What to run it on.
+        quantised: What the adapter gave on its quantised base, where it was trained on one.
+
+    Returns:
+        What the merged model is compared with.
+    """
+    precise = precise_type(model)
+    tied = is_tied(model)
+    return Expected(observe(model.eval(), rows, precise=precise), rows, precise, tied, quantised)
+
+
 def merge_adapter(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    output_dir: Path,
-    *,
-    dtype: str = "float32",
-    quantised: torch.Tensor | None = None,
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, dtype: str = "float32"
 ) -> MergeReport:
     """Merge the adapter into its base, write the model, load it afresh, and compare it with what was trained.
 
@@ -75,51 +122,113 @@ def merge_adapter(
         model: Base in float32 with the adapter; it is merged in place.
         tokenizer: Written beside the model.
         output_dir: Made by this call; it appears complete or not at all.
-        dtype: float32, bfloat16 or float16; the merge itself is done in float32, and cast once.
-        quantised: Logits (`probe_logits`) of the adapter on its quantised base, where `model` has it dequantised.
+        dtype: float32, bfloat16 or float16; the sum is made in float64 (float32 if the model is large), and cast once.
 
     Returns:
-        What the comparison gave; it is written beside the model as merge_report.json.
+        What the comparison, on rows of random tokens, gave; it is written beside the model as merge_report.json.
 
     Raises:
         MergeError: The method cannot be merged, or the merged model differs by more than rounding.
     """
+    writer = built_merge(model, dtype)
+    expected = expect(model, ProofRows(probe_rows(model.get_base_model(), tokenizer)))
+    report = write_merged(output_dir, writer, tokenizer, dtype=dtype, expected=expected)
+    assert report is not None
+    return report
+
+
+def built_merge(model: PeftModel, dtype: str) -> Callable[[Path], None]:
+    """Merge an adapter into a model that is loaded.
+
+    Args:
+        model: Float base with the adapter; it is merged in place, in the type it has when that is called.
+        dtype: Type of the merged weights.
+
+    Returns:
+        Writes weights and config into a folder.
+
+    Raises:
+        MergeError: The base is quantised; or, later, the method cannot be merged.
+    """
     if is_quantised(model):
         raise MergeError("A sum put back into 4 or 8 bits is another model: dequantise the base first.")
-    model.eval()
     was_tied, ties = is_tied(model), model.config.tie_word_embeddings
-    probe = probe_rows(model.get_base_model(), tokenizer)
-    as_run = _logits(model, probe)
-    precise = torch.float64 if sum(p.numel() for p in model.parameters()) <= FLOAT64_PARAMETERS else torch.float32
-    expected = _logits(cast_with_adapter(model, precise), probe)
-    try:
-        merged = cast(PreTrainedModel, model.merge_and_unload(safe_merge=True))
-    except (NotImplementedError, ValueError, AttributeError) as error:
-        raise MergeError(f"This adapter cannot be merged into its base: {error}") from error
-    if not was_tied:
-        merged.config.tie_word_embeddings = ties  # PEFT takes a decoder that never was tied (LUKE's) for one cut loose
+
+    def write(folder: Path) -> None:
+        try:
+            merged = cast(PreTrainedModel, model.merge_and_unload(safe_merge=True))
+        except (NotImplementedError, ValueError, AttributeError) as error:
+            raise MergeError(f"This adapter cannot be merged into its base: {error}") from error
+        if not was_tied:
+            merged.config.tie_word_embeddings = ties  # PEFT takes a decoder never tied (LUKE's) for one cut loose
+        merged.to(dtype=DTYPES[dtype])
+        merged.save_pretrained(str(folder))
+
+    return write
+
+
+def write_merged(
+    output_dir: Path,
+    write: Callable[[Path], None],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: str,
+    expected: Expected | None,
+    details: Mapping[str, Any] | None = None,
+) -> MergeReport | None:
+    """Write a merged model beside its place, prove it, and only then put it there.
+
+    Args:
+        output_dir: Made by this call; it appears complete or not at all.
+        write: Writes weights and config into a folder.
+        tokenizer: Written beside the model.
+        dtype: Type of the weights.
+        expected: What base + adapter gave; None for no proof.
+        details: What else is to stand in merge_report.json.
+
+    Returns:
+        What the comparison gave; None for no proof.
+
+    Raises:
+        MergeError: The merged model differs by more than rounding.
+    """
     with staged(output_dir) as folder:
         with quiet_transformers():
-            merged.to(dtype=DTYPES[dtype])
-            merged.save_pretrained(str(folder))
+            write(folder)
             tokenizer.save_pretrained(str(folder))
-            loaded = AutoModelForMaskedLM.from_pretrained(str(folder), dtype=DTYPES[dtype]).eval()
-        tied = is_tied(loaded) if was_tied else None
-        loaded_as_run = _logits(loaded, probe)
-        given = _logits(loaded.to(precise), probe)
-        report = MergeReport(
-            max_abs_logit_diff=float((expected - given).abs().max()),
-            max_abs_logit_diff_as_run=float((as_run - loaded_as_run).abs().max()),
-            max_abs_logit=float(expected.abs().max()),
-            top1_agreement=float((expected.argmax(-1) == given.argmax(-1)).double().mean()),
-            positions=probe.numel(),
-            tied=tied,
-            dtype=dtype,
-            compared_in=str(precise).removeprefix("torch."),
-            max_abs_logit_diff_quantised=None if quantised is None else float((quantised - given).abs().max()),
+        report = None if expected is None else prove(folder, expected, dtype=dtype)
+        record = {"dtype": dtype} if report is None else report.describe()
+        write_json(folder / REPORT, {"proved": report is not None, **record, **(details or {})})
+    return report
+
+
+def prove(folder: Path, expected: Expected, *, dtype: str) -> MergeReport:
+    """Load a merged model afresh and compare it with base + adapter.
+
+    Args:
+        folder: Of the merged model.
+        expected: What base + adapter gave.
+        dtype: Type of the merged weights.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        MergeError: It differs by more than rounding, or has lost a tie.
+    """
+    with quiet_transformers():
+        loaded = AutoModelForMaskedLM.from_pretrained(str(folder), dtype=DTYPES[dtype]).eval()
+    tied = is_tied(loaded) if expected.tied else None
+    given = observe(loaded, expected.rows, precise=expected.compared_in)
+    on_probe, on_text = 0.0, 0.0
+    if dtype != "float32":
+        on_probe, on_text = effect_of_rounding(loaded, given, expected.rows, DTYPES[dtype])
+    report = _compare(expected, given, on_probe, tied=tied, dtype=dtype)
+    if report.text is not None:
+        report.text["tolerance"] = (
+            TOLERANCE_ON_TEXT * max(1.0, report.text["max_abs_logit"]) + ROUNDING_MARGIN * on_text
         )
-        _check(report)
-        write_json(folder / REPORT, report.describe())
+    _check(report)
     return report
 
 
@@ -137,44 +246,33 @@ def is_tied(model: Any) -> bool:
     return any(id(parameter) in tied for parameter in base.get_input_embeddings().parameters())
 
 
-def probe_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Make rows of random tokens, a seventh of them masked, to compare two models on.
-
-    Args:
-        model: Its positions limit the length.
-        tokenizer: Its ordinary tokens are drawn from.
-
-    Returns:
-        Ids, (16, 64) or shorter where the model holds less.
-    """
-    limit = position_limit(model)
-    length = PROBE_LENGTH if limit is None else min(PROBE_LENGTH, limit)
-    special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor(sorted(i for i in set(tokenizer.get_vocab().values()) if i not in special))
-    generator = torch.Generator().manual_seed(0)
-    rows = ordinary[torch.randint(len(ordinary), (PROBE_ROWS, length), generator=generator)]
-    rows[:, 3::7] = tokenizer.mask_token_id
-    return rows
-
-
-def probe_logits(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Compute the logits that models are compared by, in the type the model runs in.
-
-    Args:
-        model: Base with adapter, in evaluation mode.
-        tokenizer: Its tokenizer.
-
-    Returns:
-        (rows, tokens, vocabulary), float64, on the CPU.
-    """
-    return _logits(model, probe_rows(model.get_base_model(), tokenizer))
-
-
-@torch.no_grad()
-def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
-    rows = rows.to(model.device)
-    pieces = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits.double().cpu() for row in rows.split(4)]
-    return torch.cat(pieces)
+def _compare(expected: Expected, given: Seen, rounding: float, *, tied: bool | None, dtype: str) -> MergeReport:
+    one, other = expected.seen.precise, given.precise
+    assert one is not None
+    assert other is not None
+    largest, because = float(one.abs().max()), f"{TOLERANCE:.0e} of the largest logit"
+    if rounding:
+        because += f", and {ROUNDING_MARGIN} times what weights off by the unit of {dtype} change ({rounding:.1e})"
+    text = None
+    if expected.seen.text is not None and given.text is not None:
+        text = {**expected.rows.source, **compare_text(expected.seen.text, given.text)}
+        held = expected.quantised and expected.quantised.text
+        text["quantised"] = held.scores.describe() if held else None
+    apart = None if expected.quantised is None else float((expected.quantised.as_run - other).abs().max())
+    return MergeReport(
+        max_abs_logit_diff=float((one - other).abs().max()),
+        tolerance=TOLERANCE * max(1.0, largest) + ROUNDING_MARGIN * rounding,
+        tolerance_because=because,
+        max_abs_logit_diff_as_run=float((expected.seen.as_run - given.as_run).abs().max()),
+        max_abs_logit=largest,
+        top1_agreement=float((one.argmax(-1) == other.argmax(-1)).double().mean()),
+        positions=expected.rows.probe.numel(),
+        tied=tied,
+        dtype=dtype,
+        compared_in=str(expected.compared_in).removeprefix("torch."),
+        max_abs_logit_diff_quantised=apart,
+        text=text,
+    )
 
 
 def _check(report: MergeReport) -> None:
@@ -183,11 +281,9 @@ def _check(report: MergeReport) -> None:
             f"The merged model gives logits that are not finite in {report.dtype}: a weight or a sum is beyond "
             "what the type holds; nothing was written. Use --dtype bfloat16 or float32."
         )
-    allowed = TOLERANCE * max(1.0, report.max_abs_logit)
-    if report.dtype == "float32" and not report.max_abs_logit_diff <= allowed:
-        raise MergeError(
-            f"The merged model differs from base + adapter by {report.max_abs_logit_diff:.2e} in a logit (allowed: "
-            f"{allowed:.1e}); nothing was written. Is --base the model the adapter was trained on, in float32?"
-        )
+    check_difference("", report.max_abs_logit_diff, report.tolerance, report.tolerance_because)
+    if report.text is not None:
+        because = f"{TOLERANCE_ON_TEXT:.0e} of the largest logit, with the rounding of {report.dtype}"
+        check_difference(" on text", report.text["max_abs_logit_diff"], report.text["tolerance"], because)
     if report.tied is False:
         raise MergeError("The merged model no longer ties its decoder to its embeddings; nothing was written.")

@@ -14,6 +14,8 @@ Files are written to a temporary name and renamed, so that a reader sees an old 
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import importlib.metadata
 import json
 import math
@@ -23,13 +25,15 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft_mlm.errors import RunFolderError
 
+# Ends the names of folders that are being written.
+STAGED = ".unfinished"
 PACKAGES = ("peft-mlm", "torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "safetensors")
 
 
@@ -242,6 +246,8 @@ def cut_metrics(path: Path, step: int) -> None:
 def staged(folder: Path) -> Iterator[Path]:
     """Make a folder as a whole: what is written in the block appears under its name at the end, or not at all.
 
+    It is on the disk before it has its name. What a process that was killed has left beside it is removed.
+
     Args:
         folder: Its final name; what stood there is replaced (the caller has checked that it may be).
 
@@ -249,15 +255,33 @@ def staged(folder: Path) -> Iterator[Path]:
         A temporary folder beside it to write into.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    _remove_leftovers(folder)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=STAGED, dir=folder.parent))
+    with _locked(temporary):
+        try:
+            temporary.chmod(0o777 & ~_umask())
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                sync(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.replace(folder)
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Args:
+        path: The file or the folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.replace(folder)
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
 
 
 def finite(record: Any) -> Any:
@@ -325,6 +349,24 @@ def _own_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary folders of this name that no process works in any more."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????{STAGED}"):
+        with suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the system lets it go when the process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -180,7 +180,7 @@ class _CutsAtTheLength(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.attention, self.rest = layer.attention, nn.Linear(1, 1)
+        self.attention = layer.attention
         self.finish = layer.feed_forward_chunk
 
     def forward(self, hidden: torch.Tensor, *args: Any, **options: Any) -> Any:

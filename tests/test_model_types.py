@@ -63,7 +63,9 @@ def test_adapter_is_right_at_every_step_from_training_to_the_merged_model(model_
     assert record.learned > 0.01
     assert record.gradient < (1e-6 if model_type in ONLY_FLOAT32 else 1e-9)
     # in float32 a few steps make more of the rounding of a sum
-    assert record.train < (1e-4 if model_type in ONLY_FLOAT32 else 1e-12)  # the head runs on other rows at a time, which may change the order of a sum
+    assert record.train < (
+        1e-4 if model_type in ONLY_FLOAT32 else 1e-12
+    )  # the head runs on other rows at a time, which may change the order of a sum
     assert (record.reload, record.reload_float64) == (0.0, 0.0)
     assert record.merge < 1e-5
     assert record.merge_float64 < 1e-5

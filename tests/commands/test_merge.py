@@ -21,8 +21,10 @@ from tests.commands.conftest import Answer, train
 from tests.tiny import perturb, save_base
 
 KEYS = {
-    "output_dir", "bytes", "max_abs_logit_diff", "max_abs_logit_diff_as_run", "max_abs_logit", "top1_agreement",
-    "positions", "tied", "dtype", "compared_in", "max_abs_logit_diff_quantised",
+    "output_dir", "bytes", "proved", "max_abs_logit_diff", "tolerance", "tolerance_because",
+    "max_abs_logit_diff_as_run",
+    "max_abs_logit", "top1_agreement", "positions", "tied", "dtype", "compared_in", "max_abs_logit_diff_quantised",
+    "text", "into", "built_because", "base", "base_revision", "base_fingerprint", "versions",
 }  # fmt: skip
 IDS = torch.tensor([[0, 7, 4, 9, 10, 4, 12, 13, 2]])
 

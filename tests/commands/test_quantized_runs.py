@@ -20,7 +20,7 @@ from transformers import AutoModelForMaskedLM, BitsAndBytesConfig
 import peft_mlm
 from peft_mlm.commands.train import TrainResult, show
 from peft_mlm.errors import AdapterError, ArgumentsError
-from peft_mlm.merging import probe_logits
+from peft_mlm.merge_proof import probe_logits, probe_rows
 from peft_mlm.quantization import quantised_layers
 from tests.commands.conftest import Answer, train
 from tests.tiny import letter_tokenizer, save_base
@@ -166,21 +166,14 @@ def test_merging_gives_a_float_model_equal_to_the_dequantised_run(
     merged = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     loaded = peft_mlm.load(str(run))
-    difference = probe_logits(loaded.model, loaded.tokenizer) - probe_logits_of(merged)
+    rows = probe_rows(merged, loaded.tokenizer)
+    difference = probe_logits(loaded.model, rows) - probe_logits(merged.eval(), rows)
     assert float(difference.abs().max()) == pytest.approx(as_it_ran, abs=1e-5)
     original = load_file(wide_base / "model.safetensors")
     weights = load_file(tmp_path / "merged" / "model.safetensors")
     assert weights.keys() == original.keys()
     name = "bert.encoder.layer.0.attention.self.query.bias"
     assert torch.equal(weights[name], original[name])
-
-
-def probe_logits_of(model: Any) -> torch.Tensor:
-    from peft_mlm.merging import probe_rows
-
-    rows = probe_rows(model, letter_tokenizer())
-    with torch.no_grad():
-        return torch.as_tensor(model.eval()(input_ids=rows, attention_mask=torch.ones_like(rows)).logits).double()
 
 
 def test_the_card_s_lines_load_the_same_model_with_plain_libraries(nf4: Any, wide_base: Path) -> None:
