@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "measure loss, perplexity and masked accuracy of a base, an adapter or a merged model"),
     "fill-mask": ("fill_mask", "predict the masked tokens of a text"),
     "merge": ("merge", "merge an adapter into its base and prove that nothing changed"),
+    "export": ("export", "write the encoder alone, ONNX, or a sentence-transformers model"),
     "demo": ("demo", "train, measure and merge on a real antibody model, without network"),
 }
 USER_ERROR = 2
