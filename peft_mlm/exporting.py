@@ -1,4 +1,4 @@
-"""A masked LM -> a folder for what comes next: its encoder alone, half-precision weights, a sentence-transformers model.
+"""A masked LM -> a folder for what comes next: its encoder, half-precision weights, a sentence-transformers model.
 
 What is written is loaded afresh by plain transformers (or sentence-transformers) and compared with what was exported.
 """
@@ -148,7 +148,7 @@ def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[s
 
 
 def _row_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """How many tokens a text may have: the positions of the model, which sentence-transformers miscounts for RoBERTa."""
+    """How many tokens a text may have: sentence-transformers takes 514 for RoBERTa, which holds 512."""
     stated = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
     return min((x for x in (position_limit(model), stated) if x is not None), default=None)
 
@@ -163,7 +163,7 @@ def _check_weights(written: nn.Module, loaded: nn.Module, fresh: list[str]) -> N
     ]
     if other:
         raise ExportError(
-            f"{len(other)} weights are not read back as they were written ({', '.join(other[:3])}); nothing was written."
+            f"{len(other)} weights are not read back as they were written ({', '.join(other[:3])}); nothing is kept."
         )
 
 

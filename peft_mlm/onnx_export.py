@@ -123,9 +123,9 @@ def _export(wrapped: nn.Module, model: PreTrainedModel, tokenizer: PreTrainedTok
         ) from error
     assert program is not None
     # The exporter notes at each node where its code stands: paths of this machine.
-    for graph in (program.model.graph, *program.model.functions.values()):
-        for node in graph.all_nodes():
-            node.metadata_props.clear()
+    graphs: list[Any] = [program.model.graph, *program.model.functions.values()]
+    for node in (node for graph in graphs for node in graph.all_nodes()):
+        node.metadata_props.clear()
     return program
 
 

@@ -1,4 +1,4 @@
-"""`peft-mlm export`: a run, an adapter or a model -> the encoder alone, half-precision weights, ONNX, sentence-transformers.
+"""`peft-mlm export`: a run, adapter or model -> the encoder alone, half-precision weights, ONNX, sentence-transformers.
 
 An adapter is merged into its base first. What is written is loaded afresh and compared with what was exported.
 """
@@ -19,7 +19,6 @@ from peft_mlm.errors import ArgumentsError, ModelError, RunFolderError
 from peft_mlm.run_folder import check_output_dir, folder_bytes, staged, write_json
 
 if TYPE_CHECKING:
-    from peft_mlm.loading import Target
     from peft_mlm.model import Base
 
 # Format -> packages that it needs beside the project's own; they are the extra of the same name.
@@ -88,7 +87,7 @@ def export(
 
             merged = merge(name_or_path, Path(temporary) / "merged", base=base, any_base=any_base)
             source = ModelArguments(model_name_or_path=merged.pop("output_dir"))
-        loaded = _load(source, target, encoder_only=encoder_only)
+        loaded = _load(source, encoder_only=encoder_only)
         with staged(place) as folder:
             report = {
                 "format": format,
@@ -162,18 +161,18 @@ def _check_options(format: str, *, encoder_only: bool, pooling: str | None, dtyp
         raise ArgumentsError(faults)
 
 
-def _load(source: ModelArguments, target: Target, *, encoder_only: bool) -> Base:
+def _load(source: ModelArguments, *, encoder_only: bool) -> Base:
     """Load a plain model in float32; a quantised checkpoint with the weights it computes with."""
-    from peft_mlm.loading import load_target
     from peft_mlm.model import load_base
     from peft_mlm.quantization import dequantise, is_quantised
 
-    if encoder_only or target.adapter is not None:
-        loaded = load_base(source, may_grow=False)
-    else:
-        loaded = load_target(replace(target, base=source)).base
+    loaded = load_base(source, may_grow=False)
     if loaded.fresh_parameters and not encoder_only:
-        raise ModelError(f"{loaded.name_or_path} has no masked LM head of its own. Add --encoder_only.")
+        raise ModelError(
+            f"{loaded.name_or_path} has no masked LM head of its own ({', '.join(loaded.fresh_parameters)} are not in "
+            "it): its predictions would be random. Add --encoder_only to leave the head out, or train an adapter on it "
+            "first; that trains a head too."
+        )
     if is_quantised(loaded.model):
         dequantise(loaded.model)
     loaded.model.cpu()
