@@ -9,18 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_mlm.adapter_set import load
     from peft_mlm.commands.combine import combine
     from peft_mlm.commands.convert import convert
     from peft_mlm.commands.evaluate import evaluate
+    from peft_mlm.commands.export import export
     from peft_mlm.commands.extract import extract
     from peft_mlm.commands.fill_mask import fill_mask
     from peft_mlm.commands.merge import merge
     from peft_mlm.commands.train import train
-    from peft_mlm.loading import load
 
 __version__ = "0.1.0"
 
-__all__ = ["combine", "convert", "evaluate", "extract", "fill_mask", "load", "merge", "train"]
+__all__ = ["combine", "convert", "evaluate", "export", "extract", "fill_mask", "load", "merge", "train"]
 
 _MODULES = {
     "train": "peft_mlm.commands.train",
@@ -30,7 +31,8 @@ _MODULES = {
     "extract": "peft_mlm.commands.extract",
     "fill_mask": "peft_mlm.commands.fill_mask",
     "merge": "peft_mlm.commands.merge",
-    "load": "peft_mlm.loading",
+    "export": "peft_mlm.commands.export",
+    "load": "peft_mlm.adapter_set",
 }
 
 

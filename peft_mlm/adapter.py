@@ -6,6 +6,7 @@ DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353; for all methods see `me
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Iterable, Sequence
@@ -123,13 +124,22 @@ def wrap(model: PreTrainedModel, plan: Plan) -> PeftModel:
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: Path, *, is_trainable: bool = False, new_token_ids: Sequence[int] = ()
+    model: PreTrainedModel | PeftModel,
+    folder: Path,
+    *,
+    name: str = ADAPTER,
+    outline: PreTrainedModel | None = None,
+    is_trainable: bool = False,
+    new_token_ids: Sequence[int] = (),
 ) -> PeftModel:
     """Put a saved adapter on the base model it was trained on.
 
     Args:
-        model: The masked LM, its vocabulary already as long as it was in training; it is changed in place.
+        model: The masked LM, its vocabulary already as long as it was in training, with or without other adapters; it
+            is changed in place. An adapter beside others is not switched on.
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        name: PEFT's name for it within the model.
+        outline: The model without adapters (its weights do not matter), where `model` has some.
         is_trainable: Whether training goes on.
         new_token_ids: Where training goes on: ids of all tokens that the base does not have; rows that the adapter
             does not have yet are added to it.
@@ -141,13 +151,20 @@ def load_adapter(
         AdapterError: The folder holds no adapter in safetensors, or one for another model.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    check_adapter_fits(folder, ADAPTER_WEIGHTS, check_adapter_folder(folder), model, rows=rows)
+    check_adapter_fits(folder, ADAPTER_WEIGHTS, check_adapter_folder(folder), outline or model, rows=rows)
     try:
-        with warnings.catch_warnings(record=True) as caught, with_rows_for(model, folder, new_token_ids) as source:
+        beside = isinstance(model, PeftModel)
+        rows_added = contextlib.nullcontext(folder) if beside else with_rows_for(model, folder, new_token_ids)
+        with warnings.catch_warnings(record=True) as caught, rows_added as source:
             warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(model, str(source), is_trainable=is_trainable)
+            if beside:
+                model.load_adapter(str(source), name, is_trainable=is_trainable)
+                adapted = model
+            else:
+                adapted = PeftModel.from_pretrained(model, str(source), name, is_trainable=is_trainable)
             if trained_in_float32(adapted):  # what PEFT has put into them was rounded
-                set_peft_model_state_dict(adapted, load_peft_weights(str(source), device=str(adapted.device)))
+                weights = load_peft_weights(str(source), device=str(adapted.device))
+                set_peft_model_state_dict(adapted, weights, adapter_name=name)
     except AdapterError:
         raise
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:

@@ -25,6 +25,7 @@ COMMANDS = {
     "combine": ("combine", "combine several adapters into one, and search for their weights"),
     "convert": ("convert", "make LoRA of an adapter of another method, or lower the rank of a LoRA adapter"),
     "extract": ("extract", "make a LoRA adapter of a fully trained model and its base"),
+    "export": ("export", "write the encoder alone, ONNX, or a sentence-transformers model"),
     "demo": ("demo", "train, measure and merge on a real antibody model, without network"),
 }
 USER_ERROR = 2

@@ -6,6 +6,7 @@ PeftMlmError                 every error below: the command line prints its mess
 ├── ModelError               a base model or tokenizer that cannot serve (ValueError)
 ├── AdapterError             an adapter, or adapter options, that do not fit the base (ValueError)
 ├── MergeError               a merged model that does not equal base + adapter (RuntimeError)
+├── ExportError              a model that cannot be written in another format, or is another one there (RuntimeError)
 └── RunFolderError           a folder that is in the way, or is not what it should be (OSError)
 
 A message says what is wrong, what was given, and what to do.
@@ -46,6 +47,10 @@ class AdapterError(PeftMlmError, ValueError):
 
 class MergeError(PeftMlmError, RuntimeError):
     """The merged model does not equal base + adapter."""
+
+
+class ExportError(PeftMlmError, RuntimeError):
+    """The model cannot be written in another format, or is another one there."""
 
 
 class RunFolderError(PeftMlmError, OSError):

@@ -181,7 +181,7 @@ def prepare_adapter(target: Target, *, original: bool = False) -> Prepared:
     if original:
         arguments = replace(arguments, load_in_4bit=False, load_in_8bit=False)
     arguments = with_tokenizer_of(arguments, target.adapter)
-    outline = _of_base(target, arguments, load_outline)
+    outline = of_base(target, arguments, load_outline)
     if outline is not None:
         rows = None if with_tokenizer else outline.get_input_embeddings().weight.shape[0]
         check_adapter_fits(target.adapter, ADAPTER_WEIGHTS, config, outline, rows=rows)
@@ -273,11 +273,23 @@ def load(name_or_path: str, *, base: str | None = None, any_base: bool = False) 
 
 
 def _load_base(target: Target, arguments: ModelArguments, *, may_grow: bool) -> Base:
-    return _of_base(target, arguments, lambda named: load_base(named, may_grow=may_grow))
+    return of_base(target, arguments, lambda named: load_base(named, may_grow=may_grow))
 
 
-def _of_base(target: Target, arguments: ModelArguments, load: Callable[[ModelArguments], Loads]) -> Loads:
-    """Load (something of) the base; where it is not found, say who named it."""
+def of_base(target: Target, arguments: ModelArguments, load: Callable[[ModelArguments], Loads]) -> Loads:
+    """Load something of the base; where it is not found, say who named it.
+
+    Args:
+        target: Which run or adapter names the base.
+        arguments: How to load it.
+        load: Loads it.
+
+    Returns:
+        What `load` gives.
+
+    Raises:
+        ModelError: There is no such base.
+    """
     name = arguments.model_name_or_path
     if name is not None and name.startswith("~"):
         name = str(Path(name).expanduser())

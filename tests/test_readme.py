@@ -13,7 +13,19 @@ from peft_mlm.cli import COMMANDS
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Flags of commands that are no arguments of a run.
-OTHER_FLAGS = {"json", "help", "use_base", "base", "any_base", "output_dir", "top_k"}
+OTHER_FLAGS = {
+    "json",
+    "help",
+    "use_base",
+    "base",
+    "any_base",
+    "output_dir",
+    "top_k",
+    "adapter",
+    "format",
+    "pooling",
+    "encoder_only",
+}
 
 
 def test_every_command_and_make_target_it_names_exists() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_mlm.console import CommandParser, print_table
@@ -60,6 +61,38 @@ def fill_mask(
     return [predict(loaded, text, top_k) for text in given]
 
 
+def fill_mask_side_by_side(
+    base: str,
+    texts: str | Sequence[str],
+    adapters: Mapping[str, str] | Sequence[str],
+    *,
+    top_k: int = 5,
+    any_base: bool = False,
+) -> dict[str | None, list[dict[str, Any]]]:
+    """Predict the masked tokens of texts with a base, and with each of several adapters on it.
+
+    Args:
+        base: The base model (a folder or a hub name); it is loaded once.
+        texts: As in `fill_mask`.
+        adapters: Runs or adapters by name, or a list of them, which are named after their folders.
+        top_k: How many tokens to give per mask.
+        any_base: Also adapters that were trained on a base with other weights.
+
+    Returns:
+        By name of the adapter, and under None for the base, what `fill_mask` gives.
+
+    Raises:
+        ArgumentsError: `top_k` is no positive number.
+    """
+    from peft_mlm.adapter_set import load_adapters
+
+    if top_k < 1:
+        raise ArgumentsError(f"top_k is {top_k}; it must be 1 or more.")
+    given = [texts] if isinstance(texts, str) else list(texts)
+    together = load_adapters(adapters, base=base, any_base=any_base)
+    return {name: [predict(together.loaded(name), text, top_k) for text in given] for name in (None, *together.names)}
+
+
 def predict(loaded: Loaded, text: str, top_k: int) -> dict[str, Any]:
     """Predict the masked tokens of one text.
 
@@ -114,6 +147,8 @@ def run(words: Sequence[str]) -> dict[str, Any]:
     texts = given.text or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise DataError("There is no text: give it after the model's name, or on standard input.")
+    if given.adapter:
+        return _side_by_side(given, texts)
     results = fill_mask(
         given.model,
         texts,
@@ -129,6 +164,8 @@ def run(words: Sequence[str]) -> dict[str, Any]:
 
 def show(record: dict[str, Any]) -> None:
     """Print the result for people."""
+    if "adapters" in record:
+        return _show_side_by_side(record)
     for result in record["results"]:
         rows = [
             [f"mask {number}" if place == 0 else "", p["token"], f"{p['probability']:.4f}"]
@@ -144,6 +181,36 @@ def help_text() -> str:
     return _parser().format_help()
 
 
+def _side_by_side(given: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
+    """The base's own predictions as without adapters, and those of each adapter beside them."""
+    alone = ("base", "use_base", "load_in_4bit", "load_in_8bit")
+    if clash := [f"--{name}" for name in alone if getattr(given, name)]:
+        raise ArgumentsError(
+            f"{', '.join(clash)} does not go with --adapter: {given.model} is the base, and is asked too."
+        )
+    parts = [word.partition("=") if "=" in word else ("", "", word) for word in given.adapter]
+    named = {name: path for name, _, path in parts if name}
+    if named and len(named) < len(parts):
+        raise ArgumentsError("--adapter: give each adapter a name of its own (NAME=PATH), or none a name.")
+    found = fill_mask_side_by_side(
+        given.model, texts, named or [path for _, _, path in parts], top_k=given.top_k, any_base=given.any_base
+    )
+    base = found.pop(None)
+    return {"model": given.model, "results": base, "adapters": found}
+
+
+def _show_side_by_side(record: dict[str, Any]) -> None:
+    columns = {"base": record["results"], **record["adapters"]}
+    for index, result in enumerate(record["results"]):
+        rows = []
+        for number, mask in enumerate(result["masks"]):
+            for place in range(len(mask["predictions"])):
+                guesses = [results[index]["masks"][number]["predictions"][place] for results in columns.values()]
+                cells = [f"{guess['token']} {guess['probability']:.4f}" for guess in guesses]
+                rows.append([f"mask {number + 1}" if place == 0 else "", *cells])
+        print_table(result["text"], ["", *columns], rows, stream=sys.stdout)
+
+
 def _parser() -> CommandParser:
     parser = CommandParser("fill-mask", __doc__)
     parser.add_argument("model", help="run folder, adapter or model: a folder or a hub name")
@@ -154,6 +221,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--base", help="base model, if it is not the recorded one")
     parser.add_argument("--any_base", action="store_true", help="even if the adapter was trained on another base")
     parser.add_argument("--use_base", action="store_true", help="leave the adapter out")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="NAME=PATH",
+        help="a run or an adapter to show beside MODEL, which then is their base; may be given several times",
+    )
     parser.add_argument("--load_in_4bit", action="store_true", help="load the model, or the base, in 4 bits (nf4)")
     parser.add_argument("--load_in_8bit", action="store_true", help="the same in 8 bits")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
