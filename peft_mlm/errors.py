@@ -5,6 +5,7 @@ PeftMlmError                 every error below: the command line prints its mess
 ├── DataError                text that is missing, empty, unreadable or too short (ValueError)
 ├── ModelError               a base model or tokenizer that cannot serve (ValueError)
 ├── AdapterError             an adapter, or adapter options, that do not fit the base (ValueError)
+├── DamagedFileError         a file that is not what its name says: cut off, altered, or made to harm (ValueError)
 ├── MergeError               a merged model that does not equal base + adapter (RuntimeError)
 └── RunFolderError           a folder that is in the way, or is not what it should be (OSError)
 
@@ -42,6 +43,10 @@ class ModelError(PeftMlmError, ValueError):
 
 class AdapterError(PeftMlmError, ValueError):
     """The adapter, or its options, do not fit the base model."""
+
+
+class DamagedFileError(PeftMlmError, ValueError):
+    """A file is not what its name says: cut off, altered, or made to harm."""
 
 
 class MergeError(PeftMlmError, RuntimeError):
