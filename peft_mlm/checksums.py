@@ -41,7 +41,9 @@ def write_checksums(folder: Path) -> None:
         folder: What is shipped; nothing is written into it afterwards.
     """
     files = [file for file in files_in(folder) if file.relative_to(folder).as_posix() not in FREE]
-    sums = {file.relative_to(folder).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size} for file in files}
+    sums = {
+        file.relative_to(folder).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size} for file in files
+    }
     write_json(folder / CHECKSUMS, {"algorithm": "sha256", "files": sums})
 
 

@@ -22,6 +22,8 @@ COMMANDS = {
     "evaluate": ("evaluate", "measure loss, perplexity and masked accuracy of a base, an adapter or a merged model"),
     "fill-mask": ("fill_mask", "predict the masked tokens of a text"),
     "merge": ("merge", "merge an adapter into its base and prove that nothing changed"),
+    "inspect": ("inspect_adapter", "tell what an adapter, a model or a run is, from its files alone"),
+    "verify": ("verify", "check that what is shipped is whole and safe to open"),
     "demo": ("demo", "train, measure and merge on a real antibody model, without network"),
 }
 USER_ERROR = 2

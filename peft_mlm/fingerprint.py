@@ -41,15 +41,25 @@ def base_fingerprint(model: PreTrainedModel, *, without: Collection[str] = ()) -
         if name in without or not parameter.is_floating_point() or parameter.numel() == 0:
             continue
         flat, count = parameter.detach().flatten(), parameter.numel()
-        # multiples of the golden ratio: spread over the tensor, and never all in one column
-        places = [int(count * (step * 0.618034 % 1)) for step in range(1, VALUES_PER_TENSOR + 1)]
-        values = [float(f"{flat[place].item():.6g}") for place in places]
+        values = [float(f"{flat[place].item():.6g}") for place in places(count)]
         weights[name] = {"shape": list(parameter.shape), "values": values}
     return {
         "architecture": type(model).__name__,
         "vocab_size": model.get_input_embeddings().weight.shape[0],
         "weights": weights,
     }
+
+
+def places(count: int) -> list[int]:
+    """Choose the values of a tensor that stand for it.
+
+    Args:
+        count: How many it has.
+
+    Returns:
+        Their places: multiples of the golden ratio, spread over the tensor, and never all in one column.
+    """
+    return [int(count * (step * 0.618034 % 1)) for step in range(1, VALUES_PER_TENSOR + 1)]
 
 
 def write_fingerprint(fingerprint: Mapping[str, Any], folder: Path) -> None:

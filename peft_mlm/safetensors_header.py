@@ -13,8 +13,8 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +157,29 @@ def read_values(header: Header, name: str) -> np.ndarray[Any, Any]:
     return values.reshape(tensor.shape)
 
 
+def read_at(header: Header, name: str, places: Sequence[int]) -> list[float]:
+    """Read a few values of a tensor, however large it is.
+
+    Args:
+        header: Of its file.
+        name: Its name.
+        places: Which values, counted as if it had one dimension.
+
+    Returns:
+        The values.
+
+    Raises:
+        DamagedFileError: As `read_values`.
+    """
+    tensor = header.tensors[name]
+    size, values = BITS[tensor.dtype] // 8, []
+    for place in places:
+        start = tensor.start + place * size
+        one = TensorEntry(tensor.dtype, (1,), start, start + size)
+        values.append(float(read_values(replace(header, tensors={name: one}), name)[0]))
+    return values
+
+
 def count_no_numbers(header: Header, name: str) -> int:
     """Count the values of a tensor that are no finite number.
 
@@ -225,7 +248,9 @@ def _check_length(length: int, size: int, path: Path) -> None:
     if size < LENGTH_BYTES:
         raise DamagedFileError(f"{path} is damaged: it has {size} bytes, too few for the length of a header.")
     if length > LARGEST_HEADER:
-        raise DamagedFileError(f"{path} is damaged: it claims a header of {length} bytes; the most is {LARGEST_HEADER}.")
+        raise DamagedFileError(
+            f"{path} is damaged: it claims a header of {length} bytes; the most is {LARGEST_HEADER}."
+        )
     if length > size - LENGTH_BYTES:
         raise DamagedFileError(
             f"{path} is damaged: it claims a header of {length} bytes, and {size - LENGTH_BYTES} bytes follow: it is "

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from peft_mlm.errors import DamagedFileError
-from peft_mlm.safetensors_header import BITS, count_no_numbers, read_header, read_values, weight_files
+from peft_mlm.safetensors_header import BITS, count_no_numbers, read_at, read_header, read_values, weight_files
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -67,6 +67,8 @@ def test_names_shapes_and_values_are_those_that_were_saved(saved: Path) -> None:
     for name, tensor in TENSORS.items():
         values = read_values(header, name)
         assert values.shape == tuple(tensor.shape)
+        places = range(tensor.numel())
+        assert read_at(header, name, places) == tensor.double().flatten().tolist()
         np.testing.assert_array_equal(values, tensor.double().numpy().astype(values.dtype))
 
 
