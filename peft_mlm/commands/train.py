@@ -360,6 +360,8 @@ def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str,
 def _save(prepared: Prepared, summary: dict[str, Any]) -> None:
     """Write adapter (or model), card and summary."""
     from peft_mlm.card import render_card
+    from peft_mlm.checksums import write_checksums
+    from peft_mlm.data_recipe import data_recipe, write_data_recipe
 
     run, trainer = prepared.run, prepared.trainer
     folder = run.model if prepared.arguments.peft is None else run.adapter
@@ -367,6 +369,9 @@ def _save(prepared: Prepared, summary: dict[str, Any]) -> None:
         with staged(folder) as temporary:
             trainer.save_into(trainer.accelerator.unwrap_model(trainer.model), temporary)
             write_text(temporary / "README.md", render_card(_card_facts(prepared, summary)))
+            recipe = data_recipe(prepared.arguments.data, prepared.corpus.facts, prepared.base.tokenizer)
+            write_data_recipe(recipe, temporary)
+            write_checksums(temporary)
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         summary |= {"saved_to": str(folder), "saved_bytes": folder_bytes(folder)}
         summary |= {} if prepared.arguments.peft is None else {"adapter_bytes": weights}
