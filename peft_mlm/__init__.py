@@ -13,19 +13,21 @@ if TYPE_CHECKING:
     from peft_mlm.commands.fill_mask import fill_mask
     from peft_mlm.commands.inspect_adapter import inspect
     from peft_mlm.commands.merge import merge
+    from peft_mlm.commands.push import push
     from peft_mlm.commands.train import train
     from peft_mlm.commands.verify import verify
     from peft_mlm.loading import load
 
 __version__ = "0.1.0"
 
-__all__ = ["evaluate", "fill_mask", "inspect", "load", "merge", "train", "verify"]
+__all__ = ["evaluate", "fill_mask", "inspect", "load", "merge", "push", "train", "verify"]
 
 _MODULES = {
     "train": "peft_mlm.commands.train",
     "evaluate": "peft_mlm.commands.evaluate",
     "fill_mask": "peft_mlm.commands.fill_mask",
     "merge": "peft_mlm.commands.merge",
+    "push": "peft_mlm.commands.push",
     "inspect": "peft_mlm.commands.inspect_adapter",
     "verify": "peft_mlm.commands.verify",
     "load": "peft_mlm.loading",

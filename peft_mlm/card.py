@@ -9,6 +9,9 @@ from typing import Any
 
 from peft_mlm.arguments import DataTrainingArguments
 
+# Stands in the card's lines of code for where the files are; an upload puts the repository's name there.
+FOLDER_IN_CARD = "THIS_FOLDER"
+
 
 def render_card(facts: Mapping[str, Any]) -> str:
     """Write the card (README.md) of an adapter, or of a model trained in full.

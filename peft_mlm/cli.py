@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": ("merge", "merge an adapter into its base and prove that nothing changed"),
     "inspect": ("inspect_adapter", "tell what an adapter, a model or a run is, from its files alone"),
     "verify": ("verify", "check that what is shipped is whole and safe to open"),
+    "push": ("push", "upload an adapter or a model to the hub, after a check of all that would go up"),
     "demo": ("demo", "train, measure and merge on a real antibody model, without network"),
 }
 USER_ERROR = 2

@@ -25,7 +25,14 @@ MASKING = ("mlm_probability", "mask_replace_prob", "random_replace_prob", "eval_
 OF_SPLIT = ("texts", "rows_used", "tokens", "max_seq_length", "fingerprint")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What tokenizers of one vocabulary differ in: case, accents, spaces, digits, marks, scripts, a sequence of residues.
-PROBE = ("The Cat sat, twice.", "na\u00efve  caf\u00e9 \u00c5", "3.14 %", "\u0394G \u4f60\u597d", "MKTAYIAKQR", "CC(=O)Oc1ccccc1")
+PROBE = (
+    "The Cat sat, twice.",
+    "na\u00efve  caf\u00e9 \u00c5",
+    "3.14 %",
+    "\u0394G \u4f60\u597d",
+    "MKTAYIAKQR",
+    "CC(=O)Oc1ccccc1",
+)
 SHOWN = 3
 
 
