@@ -25,7 +25,7 @@ ALLOWED = {
     r"|merge_report\.json",
 }
 ALLOWED_ALWAYS = (
-    r"README\.md|checksums\.json|data_recipe\.json|LICEN[SC]E(\.\w+)?|NOTICE(\.\w+)?|tokenizer\.json"
+    r"README\.md|checksums\.json|training_facts\.json|LICEN[SC]E(\.\w+)?|NOTICE(\.\w+)?|tokenizer\.json"
     r"|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(txt|json)|merges\.txt"
     r"|[\w.-]*\.model|chat_template\.jinja"
 )
@@ -205,7 +205,7 @@ def _reason(repo_id: str, error: BaseException) -> str:
             f"The hub does not accept the token for {repo_id} (401). Log in anew by `hf auth login`, or set HF_TOKEN."
         )
     if status == 403:
-        return f"The token has no right to write to {repo_id} (403). Take a token with the right to write, or your own name."
+        return f"The token has no right to write to {repo_id} (403). Take one that may write, or a name of your own."
     if status == 404:
         return f"The hub knows no {repo_id} that this token may write to (404)."
     if status == 429:

@@ -33,6 +33,7 @@ ALWAYS = (
     "task_type",
     "inference_mode",
 )
+OF_TRAINING = ("tokenizer", "masking", "data")
 NAMES_SHOWN = 5
 
 
@@ -168,7 +169,7 @@ def _base(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         fingerprint = read_fingerprint(folder)
     except PeftMlmError:
         fingerprint = None
-    recipe, data = _optional(folder / "base_recipe.json"), _optional(folder / "data_recipe.json")
+    recipe, facts = _optional(folder / "base_recipe.json"), _optional(folder / "training_facts.json") or {}
     return {
         "name": config.get("base_model_name_or_path"),
         "revision": config.get("revision"),
@@ -177,9 +178,7 @@ def _base(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "vocab_size": fingerprint["vocab_size"] if fingerprint else None,
         "fingerprint_tensors": len(fingerprint["weights"]) if fingerprint else 0,
         "recipe": recipe or {},
-        "tokenizer": (data or {}).get("tokenizer"),
-        "masking": (data or {}).get("masking"),
-        "data": (data or {}).get("data"),
+        **{name: facts[name] if isinstance(facts.get(name), dict) else None for name in OF_TRAINING},
     }  # fmt: skip
 
 
@@ -193,7 +192,9 @@ def _training(shipped: Shipped) -> dict[str, Any] | None:
     """Sum up the run that the files belong to."""
     state = _optional(shipped.folder / "trainer_state.json") or {}
     if shipped.run is None:
-        return {"step": state.get("global_step")} if state else None
+        beside = (_optional(shipped.folder / "training_facts.json") or {}).get("figures")
+        figures = {name: beside.get(name) for name in ("steps", "base", "adapted")} if isinstance(beside, dict) else {}
+        return {**figures, **({"step": state.get("global_step")} if state else {})} or None
     run = RunFolder(shipped.run)
     summary, facts = _optional(run.summary) or {}, _optional(run.dataset) or {}
     train = facts.get("train") if isinstance(facts.get("train"), dict) else {}

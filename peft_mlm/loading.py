@@ -20,12 +20,12 @@ from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import BASE_RECIPE, with_base_recipe
 from peft_mlm.checkpoint import load_outline
 from peft_mlm.config import Arguments, read_arguments
-from peft_mlm.data_recipe import DATA_RECIPE, changed_tokenizer
 from peft_mlm.errors import AdapterError, ArgumentsError, ModelError
 from peft_mlm.fingerprint import BASE_FINGERPRINT, changed_weights, misfits, read_fingerprint
 from peft_mlm.model import Base, brings_tokenizer, load_base, with_tokenizer_of
 from peft_mlm.quantization import dequantise
 from peft_mlm.run_folder import RunFolder, is_run_folder
+from peft_mlm.training_facts import TRAINING_FACTS, changed_tokenizer
 
 FILES_OF_ADAPTER = (
     "adapter_model.safetensors",
@@ -33,7 +33,7 @@ FILES_OF_ADAPTER = (
     "tokenizer.json",
     BASE_RECIPE,
     BASE_FINGERPRINT,
-    DATA_RECIPE,
+    TRAINING_FACTS,
 )
 Part = Literal["adapted", "base"]
 Loads = TypeVar("Loads")

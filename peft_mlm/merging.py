@@ -15,6 +15,7 @@ from peft_mlm.adapter import cast_with_adapter
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import MergeError
 from peft_mlm.heads import tied_parameters
+from peft_mlm.merged_card import finish_merged
 from peft_mlm.positions import position_limit
 from peft_mlm.quantization import is_quantised
 from peft_mlm.run_folder import staged, write_json
@@ -68,6 +69,7 @@ def merge_adapter(
     *,
     dtype: str = "float32",
     quantised: torch.Tensor | None = None,
+    adapter: Path | None = None,
 ) -> MergeReport:
     """Merge the adapter into its base, write the model, load it afresh, and compare it with what was trained.
 
@@ -77,6 +79,7 @@ def merge_adapter(
         output_dir: Made by this call; it appears complete or not at all.
         dtype: float32, bfloat16 or float16; the merge itself is done in float32, and cast once.
         quantised: Logits (`probe_logits`) of the adapter on its quantised base, where `model` has it dequantised.
+        adapter: The adapter's folder, for the model's card; no card and no checksums without it.
 
     Returns:
         What the comparison gave; it is written beside the model as merge_report.json.
@@ -120,6 +123,8 @@ def merge_adapter(
         )
         _check(report)
         write_json(folder / REPORT, report.describe())
+        if adapter is not None:
+            finish_merged(folder, adapter, report.describe())
     return report
 
 

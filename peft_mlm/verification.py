@@ -22,7 +22,7 @@ NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "config.json": {"model_type": str},
     "base_fingerprint.json": {"architecture": str, "vocab_size": int, "weights": dict},
     "base_recipe.json": {},
-    "data_recipe.json": {},
+    "training_facts.json": {},
     "tokenizer_config.json": {},
     "summary.json": {"status": str},
     "dataset.json": {},

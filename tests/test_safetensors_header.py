@@ -192,7 +192,8 @@ def test_a_flipped_bit_gives_a_verdict(data: st.DataObject, tmp_path: Path) -> N
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5) | st.sampled_from(["F32", "U8"]),
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["F32", "U8"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.text(max_size=3) | st.sampled_from(["dtype", "shape", "data_offsets", "__metadata__"]), inner, max_size=4
     ),

@@ -65,7 +65,8 @@ def merge(
         quantised = probe_logits(as_run.model, as_run.tokenizer)
         loaded = load_target(exact, any_base=any_base, dequantised=True)
     # Resolved: the folder is replaced as a whole, which a link cannot be.
-    report = merge_adapter(loaded.model, loaded.tokenizer, output.resolve(), dtype=dtype, quantised=quantised)
+    options = {"dtype": dtype, "quantised": quantised, "adapter": target.adapter}
+    report = merge_adapter(loaded.model, loaded.tokenizer, output.resolve(), **options)  # type: ignore[arg-type]
     return {"output_dir": str(output), "bytes": folder_bytes(output), **report.describe()}
 
 

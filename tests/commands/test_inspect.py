@@ -169,7 +169,7 @@ def test_a_pickle_is_named_and_never_opened(adapter: Path, tmp_path: Path, comma
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"base_model_name_or_path": "/home/ann/models/base"}, "adapter_config.json holds a local path (/home/ann/models"),
+        ({"base_model_name_or_path": "/home/ann/base"}, "adapter_config.json holds a local path (/home/ann/base)"),
         ({"base_model_name_or_path": "/odd/place"}, "adapter_config.json holds a local path (/odd/place)"),
         ({"task_type": "hf_abcdefghijABCDEFGHIJ12345"}, "adapter_config.json holds a token (hf_abc...)"),
         ({"lora_alhpa": 3}, "keys that the installed PEFT does not know: lora_alhpa"),
@@ -202,7 +202,8 @@ def test_values_that_are_no_number_and_an_adapter_of_zeros_are_warned_of(adapter
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"{", b"\xff\xfe", b'{"a":' * 50_000, b'{"lora_alpha": "x", "alpha_pattern": [1], "modules_to_save": 5}',
+    [b"", b"[]", b"{", b"\xff\xfe", b'{"a":' * 50_000,
+     b'{"lora_alpha": "x", "alpha_pattern": [1], "modules_to_save": 5}',
      b'{"peft_type": ["LORA"], "target_modules": {"a": 1}, "auto_mapping": 7, "trainable_token_indices": "abc"}',
      b'{"peft_type": "LORA", "lora_alpha": 1e999, "use_rslora": "yes", "modules_to_save": [1, null]}'],
 )  # fmt: skip

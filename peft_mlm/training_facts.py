@@ -1,4 +1,4 @@
-"""With which tokenizer, masks and text an adapter was trained: kept beside it, and held against what it is used with.
+"""With which tokenizer, masks and text an adapter was trained, and what it gained: kept beside it.
 
 An adapter on its own base, but behind another tokenizer, gives wrong predictions without an error. The texts are told
 by counts and fingerprints alone; none of them, and no local path, is written.
@@ -20,8 +20,9 @@ from peft_mlm.run_folder import write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DATA_RECIPE = "data_recipe.json"
+TRAINING_FACTS = "training_facts.json"
 MASKING = ("mlm_probability", "mask_replace_prob", "random_replace_prob", "eval_mask_seed", "rows")
+FIGURES = ("steps", "trainable_parameters", "total_parameters", "base", "adapted")
 OF_SPLIT = ("texts", "rows_used", "tokens", "max_seq_length", "fingerprint")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What tokenizers of one vocabulary differ in: case, accents, spaces, digits, marks, scripts, a sequence of residues.
@@ -57,8 +58,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def data_recipe(
-    data: DataTrainingArguments, facts: Mapping[str, Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+def training_facts(
+    data: DataTrainingArguments,
+    facts: Mapping[str, Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    summary: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Describe what an adapter was trained with.
 
@@ -66,10 +70,11 @@ def data_recipe(
         data: The arguments of text and masks.
         facts: By split, as in `dataset.json`.
         tokenizer: The tokenizer of the run.
+        summary: As in `summary.json`.
 
     Returns:
-        `tokenizer` (see `tokenizer_fingerprint`), `masking` (arguments by name), and `data`: its `name` without a
-        local path, its `revision`, and counts and fingerprint of the texts by split.
+        `tokenizer` (see `tokenizer_fingerprint`), `masking` (arguments by name), `data` (its `name` without a local
+        path, its `revision`, and counts and fingerprint of the texts by split), and `figures` of the summary.
     """
     splits = {split: {name: record.get(name) for name in OF_SPLIT} for split, record in facts.items()}
     source = facts["train"].get("source") or {}
@@ -77,17 +82,18 @@ def data_recipe(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "masking": {name: getattr(data, name) for name in MASKING},
         "data": {"name": name_data(data), "revision": source.get("commit") or source.get("revision"), **splits},
+        "figures": {name: summary.get(name) for name in FIGURES},
     }
 
 
-def write_data_recipe(recipe: Mapping[str, Any], folder: Path) -> None:
-    """Write the recipe beside an adapter.
+def write_training_facts(record: Mapping[str, Any], folder: Path) -> None:
+    """Write the facts beside an adapter.
 
     Args:
-        recipe: From `data_recipe`.
+        record: From `training_facts`.
         folder: The adapter's folder.
     """
-    write_json(folder / DATA_RECIPE, dict(recipe))
+    write_json(folder / TRAINING_FACTS, dict(record))
 
 
 def changed_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -98,12 +104,12 @@ def changed_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[
         tokenizer: The tokenizer that is there.
 
     Returns:
-        Short sentences; empty where it is the same, or where the adapter has no recipe.
+        Short sentences; empty where it is the same, or where the adapter has no such facts.
 
     Raises:
-        AdapterError: The recipe is damaged.
+        AdapterError: The file is damaged.
     """
-    file = folder / DATA_RECIPE
+    file = folder / TRAINING_FACTS
     if not file.is_file():
         return []
     try:
