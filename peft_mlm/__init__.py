@@ -16,12 +16,28 @@ if TYPE_CHECKING:
     from peft_mlm.commands.export import export
     from peft_mlm.commands.extract import extract
     from peft_mlm.commands.fill_mask import fill_mask
+    from peft_mlm.commands.inspect_adapter import inspect
     from peft_mlm.commands.merge import merge
+    from peft_mlm.commands.push import push
     from peft_mlm.commands.train import train
+    from peft_mlm.commands.verify import verify
 
 __version__ = "0.1.0"
 
-__all__ = ["combine", "convert", "evaluate", "export", "extract", "fill_mask", "load", "merge", "train"]
+__all__ = [
+    "combine",
+    "convert",
+    "evaluate",
+    "export",
+    "extract",
+    "fill_mask",
+    "inspect",
+    "load",
+    "merge",
+    "push",
+    "train",
+    "verify",
+]
 
 _MODULES = {
     "train": "peft_mlm.commands.train",
@@ -32,6 +48,9 @@ _MODULES = {
     "fill_mask": "peft_mlm.commands.fill_mask",
     "merge": "peft_mlm.commands.merge",
     "export": "peft_mlm.commands.export",
+    "push": "peft_mlm.commands.push",
+    "inspect": "peft_mlm.commands.inspect_adapter",
+    "verify": "peft_mlm.commands.verify",
     "load": "peft_mlm.adapter_set",
 }
 

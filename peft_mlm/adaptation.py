@@ -170,7 +170,8 @@ def adapt(
     if not peft.base_dropout:
         turn_off_dropout(base.model)
     if adapter is not None:
-        check_base(adapter, base, remedy="Give the right one by model_name_or_path.")
+        remedy = "Give the right one by model_name_or_path."
+        check_base(adapter, base, same_tokenizer=not base.new_token_ids, remedy=remedy)
         _check_tokenizer(base, adapter)
         adapted = Adapted(load_adapter(base.model, adapter, is_trainable=True, new_token_ids=base.new_token_ids))
     else:

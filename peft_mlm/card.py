@@ -9,6 +9,9 @@ from typing import Any
 
 from peft_mlm.arguments import DataTrainingArguments
 
+# Stands in the card's lines of code for where the files are; an upload puts the repository's name there.
+FOLDER_IN_CARD = "THIS_FOLDER"
+
 
 def render_card(facts: Mapping[str, Any]) -> str:
     """Write the card (README.md) of an adapter, or of a model trained in full.
@@ -17,8 +20,10 @@ def render_card(facts: Mapping[str, Any]) -> str:
         facts: `kind` ("adapter" or "model"), `base_model` (a hub name, or the last part of a local path, or None),
             `base_revision` (its commit on the hub, or None), `base_on_hub` (bool), `method` (a text), `peft_type`
             (its name), `trained_modules`,
-            `trainable_parameters`, `total_parameters`, `data` (one line), `rows`, `steps`, `max_seq_length`,
+            `trainable_parameters`, `total_parameters`, `data` (one line, or None where nothing is known of it),
+            `dataset` (its name on the hub; None or absent otherwise), `rows`, `steps`, `max_seq_length`,
             `mlm_probability`, `base` and `adapted` (records with perplexity, accuracy, masked_tokens; or None),
+            `max_abs_logit_diff` (of a merge; None or absent otherwise),
             `renamed` (whether the base's weights have other names than transformers looks for), `new_tokens` (how many
             were added), `growth_code` (lines of plain transformers that add their rows to a fresh `base`), `untied`
             (whether the decoder was given a matrix of its own), `quantisation` (of the base, or None; as
@@ -49,6 +54,8 @@ def _metadata(facts: Mapping[str, Any]) -> list[str]:
     lines = ["---", f"library_name: {'peft' if facts['kind'] == 'adapter' else 'transformers'}"]
     if facts["base_on_hub"]:
         lines.append(f"base_model: {facts['base_model']}")
+    if facts.get("dataset"):
+        lines += ["datasets:", f"- {facts['dataset']}"]
     tags = ["masked-lm", "peft-mlm", *([facts["peft_type"]] if facts["kind"] == "adapter" else [])]
     return [*lines, "pipeline_tag: fill-mask", "tags:", *(f"- {tag}" for tag in tags), "---"]
 
@@ -72,6 +79,14 @@ def _body(facts: Mapping[str, Any]) -> list[str]:
         ]
     if facts["trained_modules"]:
         lines += ["", f"Trained in full and shipped: {', '.join(facts['trained_modules'])}."]
+    if facts.get("max_abs_logit_diff") is not None:
+        lines += [
+            "",
+            "Merged into one plain transformers model, loaded afresh and compared with base + adapter: the largest "
+            f"difference of a logit is {facts['max_abs_logit_diff']:.1e}.",
+        ]
+    if facts["data"] is None:
+        return lines
     lines += [
         "",
         f"Data: {facts['data']}; {facts['rows']:,} rows of at most {facts['max_seq_length']} tokens, "
@@ -143,6 +158,8 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
             "base would change both ends, or lose the decoder's bias: merge as below.",
             "",
         ]
+    if facts["kind"] == "model":
+        lines += ['Or `peft-mlm fill-mask THIS_FOLDER "..."`.', ""]
     if facts["kind"] == "adapter":
         lines += ['Or `peft-mlm fill-mask THIS_FOLDER "..."`, `peft-mlm merge THIS_FOLDER --output_dir merged`.', ""]
     return lines

@@ -26,6 +26,9 @@ COMMANDS = {
     "convert": ("convert", "make LoRA of an adapter of another method, or lower the rank of a LoRA adapter"),
     "extract": ("extract", "make a LoRA adapter of a fully trained model and its base"),
     "export": ("export", "write the encoder alone, ONNX, or a sentence-transformers model"),
+    "inspect": ("inspect_adapter", "tell what an adapter, a model or a run is, from its files alone"),
+    "verify": ("verify", "check that what is shipped is whole and safe to open"),
+    "push": ("push", "upload an adapter or a model to the hub, after a check of all that would go up"),
     "demo": ("demo", "train, measure and merge on a real antibody model, without network"),
 }
 USER_ERROR = 2

@@ -5,6 +5,8 @@ PeftMlmError                 every error below: the command line prints its mess
 ├── DataError                text that is missing, empty, unreadable or too short (ValueError)
 ├── ModelError               a base model or tokenizer that cannot serve (ValueError)
 ├── AdapterError             an adapter, or adapter options, that do not fit the base (ValueError)
+├── DamagedFileError         a file that is not what its name says: cut off, altered, or made to harm (ValueError)
+├── HubError                 the hub is not reached, refuses, or must not get what lies there (OSError)
 ├── MergeError               a merged model that does not equal base + adapter (RuntimeError)
 ├── ExportError              a model that cannot be written in another format, or is another one there (RuntimeError)
 └── RunFolderError           a folder that is in the way, or is not what it should be (OSError)
@@ -43,6 +45,14 @@ class ModelError(PeftMlmError, ValueError):
 
 class AdapterError(PeftMlmError, ValueError):
     """The adapter, or its options, do not fit the base model."""
+
+
+class DamagedFileError(PeftMlmError, ValueError):
+    """A file is not what its name says: cut off, altered, or made to harm."""
+
+
+class HubError(PeftMlmError, OSError):
+    """The hub is not reached, or refuses; or something that lies there must not go up."""
 
 
 class MergeError(PeftMlmError, RuntimeError):

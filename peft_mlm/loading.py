@@ -25,6 +25,7 @@ from peft_mlm.fingerprint import BASE_FINGERPRINT, changed_weights, misfits, rea
 from peft_mlm.model import Base, brings_tokenizer, load_base, with_tokenizer_of
 from peft_mlm.quantization import dequantise
 from peft_mlm.run_folder import RunFolder, is_run_folder
+from peft_mlm.training_facts import TRAINING_FACTS, changed_tokenizer
 
 FILES_OF_ADAPTER = (
     "adapter_model.safetensors",
@@ -32,6 +33,7 @@ FILES_OF_ADAPTER = (
     "tokenizer.json",
     BASE_RECIPE,
     BASE_FINGERPRINT,
+    TRAINING_FACTS,
 )
 Part = Literal["adapted", "base"]
 Loads = TypeVar("Loads")
@@ -229,6 +231,7 @@ def check_base(
     base: Base,
     *,
     any_base: bool = False,
+    same_tokenizer: bool = True,
     remedy: str = "Give the right one with --base, or go on with this one by --any_base.",
 ) -> None:
     """Refuse a base that the adapter was not trained on, even if its shapes fit.
@@ -236,7 +239,8 @@ def check_base(
     Args:
         adapter: The adapter's folder.
         base: What was loaded.
-        any_base: Let a base of the same make pass, whatever its weights.
+        any_base: Let a base of the same make pass, whatever its weights and its tokenizer.
+        same_tokenizer: Whether its tokenizer must be that of the adapter's training.
         remedy: What to do about another base; a sentence.
 
     Raises:
@@ -252,9 +256,11 @@ def check_base(
             "that it was trained on."
         )
     told = changed_weights(recorded, base.fingerprint)
+    told += changed_tokenizer(adapter, base.tokenizer) if same_tokenizer else []
     if told and not any_base:
         raise AdapterError(
-            f"{base.name_or_path} is not the base that the adapter {adapter} was trained on: {told[0]}. " + remedy
+            f"{base.name_or_path} is not the base that the adapter {adapter} was trained on: {'; '.join(told)}. "
+            + remedy
         )
 
 

@@ -32,6 +32,7 @@ from peft_mlm.merge_proof import (
     precise_type,
     probe_rows,
 )
+from peft_mlm.merged_card import finish_merged
 from peft_mlm.quantization import is_quantised
 from peft_mlm.run_folder import staged, write_json
 
@@ -175,6 +176,7 @@ def write_merged(
     dtype: str,
     expected: Expected | None,
     details: Mapping[str, Any] | None = None,
+    adapter: Path | None = None,
 ) -> MergeReport | None:
     """Write a merged model beside its place, prove it, and only then put it there.
 
@@ -185,6 +187,7 @@ def write_merged(
         dtype: Type of the weights.
         expected: What base + adapter gave; None for no proof.
         details: What else is to stand in merge_report.json.
+        adapter: The adapter's folder, for the model's card; no card and no checksums without it.
 
     Returns:
         What the comparison gave; None for no proof.
@@ -199,6 +202,8 @@ def write_merged(
         report = None if expected is None else prove(folder, expected, dtype=dtype)
         record = {"dtype": dtype} if report is None else report.describe()
         write_json(folder / REPORT, {"proved": report is not None, **record, **(details or {})})
+        if adapter is not None:
+            finish_merged(folder, adapter, record)
     return report
 
 

@@ -1,15 +1,19 @@
 """A model hub on this machine's loopback, for tests: what the hub's clients read, answered from memory.
 
 Enough of the protocol for `from_pretrained(name)`, `snapshot_download` and `load_dataset(name, config)`: repositories
-with several revisions, private ones, names that have moved, and refused tokens. Nothing is written to disk.
+with several revisions, private ones, names that have moved, and refused tokens; and enough of it to make a repository,
+write branches and upload in commits, large files beside them. It fails where a test asks it to. Nothing is written to
+disk.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,22 +25,43 @@ Kind = Literal["models", "datasets"]
 
 _NAME = r"[\w.-]+(?:/[\w.-]+)?"
 _API = re.compile(rf"/api/(models|datasets)/({_NAME}?)(?:/(revision|tree|paths-info|refs)(?:/(.*))?)?")
+_WRITE = re.compile(rf"/api/(models|datasets)/({_NAME}?)/(preupload|commit|branch)/(.+)")
+_LARGE = re.compile(rf"/(datasets/)?({_NAME}?)\.git/info/lfs/objects/batch")
+_STORE = re.compile(r"/large/([0-9a-f]{64})")
 _RESOLVE = re.compile(rf"/(datasets/)?({_NAME}?)/resolve/([^/]+)/(.+)")
 _RESOLVE_CACHE = re.compile(rf"/api/resolve-cache/(models|datasets)/({_NAME}?)/([^/]+)/(.+)")
 
 
 @dataclass
 class Repo:
-    """One repository: its revisions from old to new, each with its files, and the token that may read it."""
+    """One repository: its revisions, each with its files, its branches, and the token that may read it."""
 
     revisions: dict[str, dict[str, bytes]] = field(default_factory=dict)
     token: str | None = None
+    branches: dict[str, str] = field(default_factory=dict)
+    private: bool = False
 
     def find(self, revision: str) -> str | None:
         """Give the commit that a branch or commit name stands for; None if there is none."""
-        if revision == "main":
-            return list(self.revisions)[-1]
-        return revision if revision in self.revisions else None
+        return self.branches.get(revision, revision if revision in self.revisions else None)
+
+    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
+        """Add a revision at the end of a branch, and give its name."""
+        state = repr((len(self.revisions), [(path, _blob(body)) for path, body in sorted(files.items())]))
+        commit = hashlib.sha1(state.encode()).hexdigest()
+        self.revisions[commit] = dict(sorted(files.items()))
+        self.branches[branch] = commit
+        return commit
+
+
+@dataclass
+class Fault:
+    """A request that the hub fails at: by status, or by hanging up in the middle (0), so many times."""
+
+    path: str
+    status: int
+    times: int = 10**9
+    method: str = "POST"
 
 
 class Hub:
@@ -48,12 +73,18 @@ class Hub:
     Attributes:
         env: Environment for a subprocess; the clients read it when they are imported.
         requests: Method, path and answered status of each request, in order.
+        writers: Tokens that may write; `tokens` may read.
+        faults: What goes wrong.
+        large: Contents of large files by SHA-256, as far as they have arrived.
     """
 
     def __init__(self, home: Path) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.moved: dict[tuple[str, str], str] = {}
         self.tokens: set[str] = set()
+        self.writers: set[str] = set()
+        self.faults: list[Fault] = []
+        self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, int]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -90,15 +121,12 @@ class Hub:
         """
         if isinstance(files, Path):
             files = {p.relative_to(files).as_posix(): p.read_bytes() for p in files.rglob("*") if p.is_file()}
-        content = {path: body.encode() if isinstance(body, str) else body for path, body in sorted(files.items())}
+        content = {path: body.encode() if isinstance(body, str) else body for path, body in files.items()}
         repo = self.repos.setdefault((kind, name), Repo())
-        repo.token = token
+        repo.token, repo.private = token, token is not None
         if token is not None:
             self.tokens.add(token)
-        state = repr((len(repo.revisions), [(path, _blob(body)) for path, body in content.items()]))
-        commit = hashlib.sha1(state.encode()).hexdigest()
-        repo.revisions[commit] = content
-        return commit
+        return repo.commit(content)
 
     def move(self, kind: Kind, old: str, new: str) -> None:
         """Let an old name lead to a repository's new one."""
@@ -130,13 +158,26 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._route()
 
+    def do_PUT(self) -> None:
+        self._route()
+
     def log_message(self, format: str, *args: Any) -> None:
         """Keep the test's output clean; `Hub.requests` is the log."""
 
     def _route(self) -> None:
-        self.content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
-        if match := _RESOLVE.fullmatch(path) or _RESOLVE_CACHE.fullmatch(path):
+        for fault in self.hub.faults:
+            if fault.times > 0 and fault.method == self.command and re.search(fault.path, path):
+                fault.times -= 1
+                return self._fail(fault.status)
+        self.content = self._read()
+        if (
+            self.command == "PUT"
+            or path in ("/api/repos/create", "/api/validate-yaml")
+            or (self.command == "POST" and (_WRITE.fullmatch(path) or _LARGE.fullmatch(path)))
+        ):
+            self._write(path)
+        elif match := _RESOLVE.fullmatch(path) or _RESOLVE_CACHE.fullmatch(path):
             kind, name, revision, file = match.groups()
             kind = "models" if kind == "models" or kind is None else "datasets"
             if found := self._repo(kind, name, revision):
@@ -149,11 +190,103 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._refuse(404, "EntryNotFound", f"nothing at {path}")
 
+    def _read(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _fail(self, status: int) -> None:
+        """Refuse a request, or hang up when a part of it has been read."""
+        if status:
+            self._read()
+            return self._refuse(status, None, "asked to fail")
+        self.rfile.read(min(1000, int(self.headers.get("Content-Length") or 0)))
+        self.hub.requests.append((self.command, self.path, 0))
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+        return None
+
+    def _write(self, path: str) -> None:
+        if match := _STORE.fullmatch(path):  # the address is the permission
+            whole = hashlib.sha256(self.content).hexdigest() == match[1]
+            self.hub.large |= {match[1]: self.content} if whole else {}
+            return self._answer(200 if whole else 400, b"", {})
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if given not in self.hub.writers:
+            known = given in self.hub.tokens
+            return self._refuse(403 if known else 401, None, "Forbidden" if known else "Invalid credentials")
+        if path == "/api/repos/create":
+            return self._create(json.loads(self.content))
+        if match := _LARGE.fullmatch(path):
+            return self._large_files(json.loads(self.content))
+        kind, name, action, branch = _WRITE.fullmatch(path).groups()  # type: ignore[union-attr]
+        repo = self.hub.repos.get((kind, name))
+        if repo is None:
+            return self._refuse(404, "RepoNotFound", "Repository not found")
+        return {"preupload": self._ways, "commit": self._commit, "branch": self._branch}[action](repo, name, branch)
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+        known = ("models", name) in self.hub.repos
+        if not known:
+            private = bool(asked.get("private") or asked.get("visibility") == "private")
+            repo = Repo(token=next(iter(self.hub.writers)) if private else None, private=private)
+            repo.commit({".gitattributes": b""})
+            self.hub.repos["models", name] = repo
+        body = json.dumps({"url": f"{self.hub.env['HF_ENDPOINT']}/{name}", "name": name, "id": "0" * 24}).encode()
+        self._answer(409 if known else 200, body, {"Content-Type": "application/json"})
+
+    def _ways(self, repo: Repo, name: str, branch: str) -> None:
+        """Say of each file whether it goes beside the commit, and what is there under its name."""
+        there = repo.revisions[repo.branches.get(branch, repo.branches["main"])]
+        answers = []
+        for file in json.loads(self.content)["files"]:
+            large, body = file["path"].endswith(".safetensors"), there.get(file["path"])
+            oid = None if body is None else hashlib.sha256(body).hexdigest() if large else _blob(body)
+            way = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            answers.append({**way, "oid": oid})
+        self._json({"files": answers})
+
+    def _large_files(self, asked: dict[str, Any]) -> None:
+        answers = []
+        for item in asked["objects"]:
+            href = f"{self.hub.env['HF_ENDPOINT']}/large/{item['oid']}"
+            actions = {} if item["oid"] in self.hub.large else {"actions": {"upload": {"href": href}}}
+            answers.append({"oid": item["oid"], "size": item["size"], **actions})
+        body = json.dumps({"transfer": "basic", "objects": answers}).encode()
+        self._answer(200, body, {"Content-Type": "application/vnd.git-lfs+json"})
+
+    def _commit(self, repo: Repo, name: str, branch: str) -> None:
+        if branch not in repo.branches:
+            return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {branch}")
+        files = dict(repo.revisions[repo.branches[branch]])
+        for line in self.content.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            elif entry["key"] == "lfsFile":
+                files[entry["value"]["path"]] = self.hub.large[entry["value"]["oid"]]
+        commit = repo.commit(files, branch)
+        url = f"{self.hub.env['HF_ENDPOINT']}/{name}/commit/{commit}"
+        self._json({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+
+    def _branch(self, repo: Repo, name: str, branch: str) -> None:
+        known = branch in repo.branches
+        repo.branches.setdefault(branch, repo.branches["main"])
+        self._answer(409 if known else 200, b"{}", {"Content-Type": "application/json"})
+
     def _repo(self, kind: str, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """Find a revision's commit and files, or answer why not."""
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         repo = self.hub.repos.get((kind, name))
-        if given and given not in self.hub.tokens:
+        if given and given not in self.hub.tokens | self.hub.writers:
             self._refuse(401, None, "Invalid credentials in Authorization header")
         elif (kind, name) in self.hub.moved:
             new = self.path.replace(f"/{name}", f"/{self.hub.moved[kind, name]}", 1)
@@ -168,7 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _describe(
-        self, kind: str, name: str, action: str | None, commit: str, files: dict[str, bytes], folder: str
+        self, kind: Kind, name: str, action: str | None, commit: str, files: dict[str, bytes], folder: str
     ) -> None:
         entries = _entries(files)
         if action == "tree":
@@ -187,7 +320,14 @@ class _Handler(BaseHTTPRequestHandler):
             branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": commit}
             return self._json({"branches": [branch], "tags": [], "converts": []})
         siblings = [{"rfilename": e["path"], "size": e["size"]} for e in entries if e["type"] == "file"]
-        facts = {"private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+        facts = {
+            "private": self.hub.repos[kind, name].private,
+            "gated": False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [],
+        }
         return self._json({"_id": "0" * 24, "id": name, "sha": commit, "siblings": siblings, **facts})
 
     def _file(self, commit: str, files: dict[str, bytes], file: str) -> None:

@@ -89,7 +89,8 @@ def merge(
         writer, used = streamed_merge(plan, dtype), plan.base
     # Resolved: the folder is replaced as a whole, which a link cannot be.
     details = {"into": into, "built_because": plan if isinstance(plan, str) else None, **_describe(used)}
-    write_merged(output.resolve(), writer, used.tokenizer, dtype=dtype, expected=expected, details=details)
+    options = {"dtype": dtype, "expected": expected, "details": details, "adapter": target.adapter}
+    write_merged(output.resolve(), writer, used.tokenizer, **options)  # type: ignore[arg-type]
     return {"output_dir": str(output), "bytes": folder_bytes(output), **read_json(output / REPORT)}
 
 

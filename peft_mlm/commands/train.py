@@ -360,6 +360,8 @@ def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str,
 def _save(prepared: Prepared, summary: dict[str, Any]) -> None:
     """Write adapter (or model), card and summary."""
     from peft_mlm.card import render_card
+    from peft_mlm.checksums import write_checksums
+    from peft_mlm.training_facts import training_facts, write_training_facts
 
     run, trainer = prepared.run, prepared.trainer
     folder = run.model if prepared.arguments.peft is None else run.adapter
@@ -367,6 +369,9 @@ def _save(prepared: Prepared, summary: dict[str, Any]) -> None:
         with staged(folder) as temporary:
             trainer.save_into(trainer.accelerator.unwrap_model(trainer.model), temporary)
             write_text(temporary / "README.md", render_card(_card_facts(prepared, summary)))
+            data, tokenizer = prepared.arguments.data, prepared.base.tokenizer
+            write_training_facts(training_facts(data, prepared.corpus.facts, tokenizer, summary), temporary)
+            write_checksums(temporary)
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         summary |= {"saved_to": str(folder), "saved_bytes": folder_bytes(folder)}
         summary |= {} if prepared.arguments.peft is None else {"adapter_bytes": weights}
@@ -399,6 +404,7 @@ def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any
         "untied": arguments.model.untie_embeddings,
         "growth_code": base.growth_code,
         "data": name_data(arguments.data),
+        "dataset": None if Path(str(arguments.data.dataset_name)).exists() else arguments.data.dataset_name,
         "rows": train_facts["rows_used"],
         "max_seq_length": prepared.corpus.max_seq_length,
         "mlm_probability": arguments.data.mlm_probability,
