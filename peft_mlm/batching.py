@@ -14,8 +14,9 @@ import numpy.typing as npt
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-# Lengths are rounded up to a multiple of this: at most 7 tokens of a row are padding, and few shapes occur.
-BUCKET_TOKENS = 8
+# Rows whose lengths share their leading bits go together: up to 16 tokens each length by itself, above that steps of an
+# eighth to a sixteenth of the length, so that few tokens are padding and buckets stay few and full.
+LENGTHS_PER_DOUBLING = 8
 
 Indices = npt.NDArray[np.int64]
 
@@ -33,6 +34,24 @@ def row_lengths(rows: Dataset) -> Indices:
         lengths = rows.data.column("input_ids").combine_chunks().value_lengths()
         return np.asarray(lengths.to_numpy(zero_copy_only=False), np.int64)
     return np.fromiter((len(ids) for ids in rows["input_ids"]), np.int64, len(rows))
+
+
+def bucket_lengths(lengths: Indices) -> Indices:
+    """Round lengths up to those of their buckets.
+
+    Example:
+        >>> bucket_lengths(np.array([1, 7, 16, 17, 19, 33, 128]))
+        array([  1,   7,  16,  18,  20,  36, 128])
+
+    Args:
+        lengths: Tokens per row, (rows,).
+
+    Returns:
+        The longest length of each row's bucket, (rows,).
+    """
+    below = np.maximum(lengths - 1, 1)
+    step = np.maximum(1, 2 ** np.floor(np.log2(below)).astype(np.int64) // LENGTHS_PER_DOUBLING)
+    return -(-lengths // step) * step
 
 
 class LengthBatches(Sampler[list[int]]):
@@ -66,7 +85,7 @@ class LengthBatches(Sampler[list[int]]):
 
     def _make(self, chance: np.random.Generator) -> list[Indices]:
         shuffled = chance.permutation(len(self.lengths))
-        buckets = -(-self.lengths[shuffled] // BUCKET_TOKENS) * BUCKET_TOKENS
+        buckets = bucket_lengths(self.lengths)[shuffled]
         full: list[Indices] = []
         left: list[Indices] = []
         for bucket in np.unique(buckets)[::-1]:
@@ -87,7 +106,6 @@ class LengthBatches(Sampler[list[int]]):
         """Cut rows that go from the longest bucket to the shortest; the first of a batch decides its size."""
         batches = []
         while len(rows):
-            tokens = -(-int(self.lengths[rows[0]]) // BUCKET_TOKENS) * BUCKET_TOKENS
-            batches.append(rows[: self._rows_of(tokens)])
+            batches.append(rows[: self._rows_of(int(bucket_lengths(self.lengths[rows[:1]])[0]))])
             rows = rows[len(batches[-1]) :]
         return batches

@@ -14,6 +14,7 @@ from typing import Any
 from peft_mlm import __version__
 from peft_mlm.console import is_first_process, quiet_libraries, show_notices
 from peft_mlm.errors import PeftMlmError
+from peft_mlm.processor import tune_processor
 
 # command: (module below peft_mlm.commands, what it does)
 COMMANDS = {
@@ -70,6 +71,7 @@ def overview() -> str:
 
 def _run(command: Any, arguments: list[str], *, as_json: bool) -> int:
     quiet_libraries()
+    tune_processor()
     show_notices(sys.stderr)
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's "stop" ends a run like Ctrl-C: tidily
     try:

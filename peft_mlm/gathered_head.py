@@ -1,16 +1,17 @@
-"""The head computed where tokens are masked, and nowhere else.
+"""The head, and the end of the encoder, computed where tokens are masked, and nowhere else.
 
 85 of 100 rows of the vocabulary projection are thrown away: the loss reads masked positions only. The *door* is the
 first module after the encoder that receives its last hidden state, (B, T, H). A hook there hands on the N masked rows
 as (1, N, H), so that head and cross-entropy run on them alone; all of a head works row by row, so nothing else changes.
-Where a model has no such door, or gives other logits through it, it is run whole.
+So does what follows the attention of the last layer: where a module there gives the hidden state that all the rest is
+computed from, its rows are picked already. Where a model gives other logits through a door, it is run without it.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -27,24 +28,50 @@ LOGITS_BYTES = 2**28
 RowFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def find_door(model: PreTrainedModel | PeftModel) -> str | None:
-    """Find the module where the masked rows can be picked, and prove it on a short probe.
+class Door(NamedTuple):
+    """Where the masked rows are picked.
+
+    Attributes:
+        head: Name of the module that receives the encoder's last hidden state, within the base model.
+        last_layer: Name of the module of the last layer after which all works row by row; None if there is none.
+    """
+
+    head: str
+    last_layer: str | None = None
+
+
+def find_door(model: PreTrainedModel | PeftModel) -> Door | None:
+    """Find the modules where the masked rows can be picked, and prove it on a short probe.
 
     Args:
         model: A masked LM, with or without an adapter.
 
     Returns:
-        The module's full name within the base model, or None where the model has to be run whole.
+        The door, or None where the model has to be run whole.
     """
     base = base_of(model)
     if base.base_model is base:
         return None
+    inputs = probe_inputs(base, rows=2)
+    chosen = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    chosen[0, 2], chosen[1, 1], chosen[1, 5] = True, True, True
+    with evaluating(model), torch.no_grad():
+        head, whole = _receiver_of_hidden_state(model, inputs)
+        if head is None or not _gives_the_same(model, Door(head), inputs, chosen, whole):
+            return None
+        for name in _parts_of_last_layer(base):
+            door = Door(head, name)
+            if _gives_the_same(model, door, inputs, chosen, whole):
+                return door
+    return Door(head)
+
+
+def _receiver_of_hidden_state(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[str | None, torch.Tensor]:
+    """Name the first module after the encoder that gets its last hidden state, and give the logits."""
+    base = base_of(model)
     seen: dict[str, Any] = {}
-    handles = [base.base_model.register_forward_hook(lambda module, args, output: seen.update(output=output))]
     within = {id(module) for module in base.base_model.modules()}
-    outside = [
-        (name, module) for name, module in base.named_modules() if module is not base and id(module) not in within
-    ]
+    outside = [(name, one) for name, one in base.named_modules() if one is not base and id(one) not in within]
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -53,18 +80,32 @@ def find_door(model: PreTrainedModel | PeftModel) -> str | None:
 
         return hook
 
+    handles = [base.base_model.register_forward_hook(lambda module, args, output: seen.update(output=output))]
     handles += [module.register_forward_pre_hook(watch(name)) for name, module in outside]
-    inputs = probe_inputs(base, rows=2)
-    chosen = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    chosen[0, 2], chosen[1, 1], chosen[1, 5] = True, True, True
-    with evaluating(model), torch.no_grad():
-        try:
-            whole = model(**inputs).logits
-        finally:
-            for handle in handles:
-                handle.remove()
-        door = seen.get("door")
-        return door if door is not None and _gives_the_same(model, door, inputs, chosen, whole) else None
+    try:
+        logits = model(**inputs).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen.get("door"), logits
+
+
+def _parts_of_last_layer(base: PreTrainedModel) -> list[str]:
+    """Name the parts of the encoder's last layer, in the order in which they are written down."""
+    stacks = [
+        (name, module)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and name.startswith(base.base_model_prefix) and len(module)
+    ]
+    if not stacks:
+        return []
+    name, stack = max(stacks, key=lambda one: len(one[1]))
+    last = f"{name}.{len(stack) - 1}"
+    return [
+        f"{last}.{part}"
+        for part, module in stack[-1].named_children()
+        if not isinstance(module, (nn.Dropout, nn.ModuleList))
+    ]
 
 
 def base_of(model: Any) -> PreTrainedModel:
@@ -86,7 +127,7 @@ def sum_over_masked(
     labels: torch.Tensor,
     function: RowFunction,
     *,
-    door: str | None,
+    door: Door | None,
     logits_bytes: int = LOGITS_BYTES,
 ) -> torch.Tensor:
     """Run a model and sum up a function of the logits at masked positions.
@@ -107,11 +148,13 @@ def sum_over_masked(
     if door is None or len(targets) == 0:
         return function(model(**inputs).logits[chosen], targets)
     base = base_of(model)
+    if door.last_layer is not None and _runs_again(base, door.last_layer):
+        door = Door(door.head)
     vocabulary = base.get_input_embeddings().weight.shape[0]
     at_once = max(1, logits_bytes // (4 * vocabulary))
     if len(targets) <= at_once:
-        with _narrowed(base, door, lambda hidden: hidden[chosen]):
-            return function(model(**inputs).logits[0], targets)
+        with _narrowed(base, door, chosen):
+            return function(model(**inputs).logits.flatten(0, 1), targets)
     return _in_pieces(model, inputs, chosen, targets, function, door, at_once)
 
 
@@ -121,29 +164,29 @@ def _in_pieces(
     chosen: torch.Tensor,
     targets: torch.Tensor,
     function: RowFunction,
-    door: str,
+    door: Door,
     at_once: int,
 ) -> torch.Tensor:
     """Run the encoder once, and the head on pieces of the masked rows."""
     base, kept = base_of(model), {}
 
     def keep(hidden: torch.Tensor) -> torch.Tensor:
-        kept["hidden"] = hidden[chosen]
+        kept["hidden"] = hidden[0]
         # One row for the run to end with, not detached: where several processes train, the wrapper of theirs follows
         # the output's graph to find the parameters that will get no gradient.
-        return kept["hidden"][:1]
+        return hidden[:, :1]
 
     handle = base.base_model.register_forward_hook(lambda module, args, output: kept.update(output=output))
     try:
-        with _narrowed(base, door, keep):
+        with _narrowed(base, door, chosen), _replaced_input(base, door.head, keep):
             model(**inputs)
     finally:
         handle.remove()
     inner = getattr(model, "module", model)
 
     def piece(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with _encoder_gives(base, kept["output"]), _narrowed(base, door, lambda _: hidden):
-            return function(inner(**inputs).logits[0], labels)
+        with _encoder_gives(base, kept["output"]), _replaced_input(base, door.head, lambda _: hidden[None]):
+            return function(inner(**inputs).logits.flatten(0, 1), labels)
 
     total = None
     for hidden, labels in zip(kept["hidden"].split(at_once), targets.split(at_once), strict=True):
@@ -156,12 +199,48 @@ def _in_pieces(
     return total
 
 
-@contextlib.contextmanager
-def _narrowed(base: PreTrainedModel, door: str, pick: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (pick(args[0]).unsqueeze(0), *args[1:])
+def _runs_again(base: PreTrainedModel, name: str) -> bool:
+    """Tell whether a module is run once more in the backward pass (activation checkpointing), without our hooks."""
+    module: nn.Module = base
+    for part in name.split("."):
+        if getattr(module, "gradient_checkpointing", False):
+            return True
+        module = getattr(module, part)
+    return False
 
-    handle = base.get_submodule(door).register_forward_pre_hook(hook)
+
+@contextlib.contextmanager
+def _narrowed(base: PreTrainedModel, door: Door, chosen: torch.Tensor) -> Iterator[None]:
+    """Hand on the chosen rows alone, (1, N, H): from the last layer on, or from the head where that was passed over."""
+    where = chosen.flatten().nonzero()[:, 0]
+    picked: list[bool] = []
+
+    def pick(hidden: torch.Tensor) -> torch.Tensor:
+        if picked:
+            return hidden
+        picked.append(True)
+        return hidden.flatten(0, 1).index_select(0, where).unsqueeze(0)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return (pick(output[0]), *output[1:]) if isinstance(output, tuple) else pick(output)
+
+    with contextlib.ExitStack() as hooks:
+        if door.last_layer is not None:
+            hooks.callback(base.get_submodule(door.last_layer).register_forward_hook(after).remove)
+        hooks.enter_context(_replaced_input(base, door.head, pick))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced_input(
+    base: PreTrainedModel, name: str, replace: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Let a module get another tensor in place of its first input; of several such, the last set comes last."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (replace(args[0]), *args[1:])
+
+    handle = base.get_submodule(name).register_forward_pre_hook(hook)
     try:
         yield
     finally:
@@ -184,12 +263,12 @@ def _encoder_gives(base: PreTrainedModel, output: Any) -> Iterator[None]:
 
 
 def _gives_the_same(
-    model: nn.Module, door: str, inputs: Mapping[str, torch.Tensor], chosen: torch.Tensor, whole: torch.Tensor
+    model: nn.Module, door: Door, inputs: Mapping[str, torch.Tensor], chosen: torch.Tensor, whole: torch.Tensor
 ) -> bool:
-    with _narrowed(base_of(model), door, lambda hidden: hidden[chosen]):
+    with _narrowed(base_of(model), door, chosen):
         try:
             rows = model(**inputs).logits
-        except (RuntimeError, ValueError, IndexError):  # a head that wants the whole row
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):  # what follows wants whole rows
             return False
     expected = whole[chosen]
     if rows.shape != (1, *expected.shape):

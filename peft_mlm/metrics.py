@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import nn
-from torch.nn import functional
 
 from peft_mlm.collator import IGNORE_INDEX
-from peft_mlm.gathered_head import sum_over_masked
+from peft_mlm.cross_entropy import cross_entropies, losses_and_hits
+from peft_mlm.gathered_head import Door, sum_over_masked
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, label_smoothi
     Returns:
         A scalar, in nats; 0 for n = 0.
     """
-    rows = _at_least_float32(logits)
-    return functional.cross_entropy(rows, targets, reduction="sum", label_smoothing=label_smoothing)
+    return cross_entropies(logits, targets, label_smoothing=label_smoothing).sum()
 
 
 def masked_lm_loss(
@@ -85,7 +84,7 @@ def masked_lm_loss(
     masked_in_batch: torch.Tensor | int | None = None,
     *,
     label_smoothing: float = 0.0,
-    door: str | None = None,
+    door: Door | None = None,
 ) -> torch.Tensor:
     """Cross-entropy at the masked positions, divided by the masked tokens of the whole (accumulated) batch.
 
@@ -116,7 +115,7 @@ def evaluate_masked_lm(
     *,
     device: torch.device,
     autocast: Callable[[], Any] = contextlib.nullcontext,
-    door: str | None = None,
+    door: Door | None = None,
 ) -> MaskedScores:
     """Sum loss and hits over the masked positions of all batches.
 
@@ -153,11 +152,6 @@ def evaluate_masked_lm(
 
 def _scores(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of the losses (float64), right predictions and positions, (3,), on the CPU."""
-    rows = _at_least_float32(logits)
-    losses = functional.cross_entropy(rows, targets, reduction="none").double().sum()
-    hits = (rows.argmax(dim=-1) == targets).sum()
-    return torch.stack([losses.cpu(), hits.cpu().double(), torch.tensor(float(len(targets)), dtype=torch.float64)])
-
-
-def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+    losses, hits = losses_and_hits(logits, targets)
+    count = torch.tensor(float(len(targets)), dtype=torch.float64)
+    return torch.stack([losses.double().sum().cpu(), hits.sum().cpu().double(), count])

@@ -7,24 +7,27 @@ cut from them: what one text is wrapped in is found here, by `special_token_fram
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import tokenizers
 import transformers
 from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
+from datasets.utils import tqdm as progress_bar
+from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+from peft_mlm.arrow_files import written_beside
 from peft_mlm.errors import ModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _TOKEN_FEATURES = Features({"input_ids": List(Value("int32"))})
 _BATCH_SIZE = 1000
@@ -126,16 +129,20 @@ def tokenize(
     Args:
         texts: Data set with the column `text`.
         tokenizer: Fast or slow; its own truncation and padding settings are not used.
-        num_proc: Processes to use; None (default) or 1 for this process alone. It does not change the result.
+        num_proc: Processes to use where the tokenizer is a slow one, or has code of its own around the fast one; the
+            fast ones use all cores by threads. It does not change the result.
         overwrite_cache: Tokenise again although a result is kept. Default False.
 
     Returns:
         Data set of as many rows, with the one column `input_ids` (list of int32).
     """
     key = [_RESULT_VERSION, texts._fingerprint, _tokenizer_fingerprint(tokenizer)]
-    versions = [transformers.__version__, tokenizers.__version__]
+    fingerprint = Hasher.hash([*key, transformers.__version__, tokenizers.__version__])
     if len(texts) == 0:  # map() gives an empty data set back without calling the function
         return Dataset.from_dict({"input_ids": []}, features=_TOKEN_FEATURES)
+    if _takes_batches_as_they_are(tokenizer):
+        write = partial(_write_tokens, texts=texts, tokenizer=tokenizer)
+        return written_beside(texts, fingerprint, _TOKEN_FEATURES, write, reuse=not overwrite_cache)
     return texts.map(
         partial(_encode_batch, tokenizer=tokenizer),
         batched=True,
@@ -144,7 +151,7 @@ def tokenize(
         features=_TOKEN_FEATURES,
         num_proc=_processes(num_proc, len(texts)),
         load_from_cache_file=not overwrite_cache,
-        new_fingerprint=Hasher.hash(key + versions),
+        new_fingerprint=fingerprint,
         desc="Tokenise",
     )
 
@@ -199,10 +206,53 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, add_special_to
     return ids
 
 
+def _takes_batches_as_they_are(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether encoding is the Rust tokenizer's work alone."""
+    kind: Any = type(tokenizer)
+    return (
+        isinstance(tokenizer, TokenizersBackend)
+        and kind.__call__ is PreTrainedTokenizerBase.__call__
+        and kind._encode_plus is TokenizersBackend._encode_plus
+    )
+
+
+def _write_tokens(writer: ArrowWriter, texts: Dataset, tokenizer: Any) -> None:
+    """Encode batch after batch: the threads of the Rust tokenizer have the next one while this one is written."""
+    backend = tokenizer.backend_tokenizer
+    truncation, padding, splits = backend.truncation, backend.padding, backend.encode_special_tokens
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+
+    def encode(table: pa.Table) -> list[tokenizers.Encoding]:
+        # Without offsets, which nobody reads.
+        return list(backend.encode_batch_fast(table.column("text").to_pylist(), add_special_tokens=False))
+
+    tables = texts.with_format("arrow").iter(batch_size=_BATCH_SIZE)
+    try:
+        with ThreadPoolExecutor(1) as ahead, progress_bar(total=len(texts), desc="Tokenise", unit="texts") as bar:
+            waiting = ahead.submit(encode, next(tables))
+            for table in chain(tables, [None]):
+                encoded = waiting.result()
+                if table is not None:
+                    waiting = ahead.submit(encode, table)
+                writer.write_table(_token_table([one.ids for one in encoded]), len(encoded))
+                bar.update(len(encoded))
+    finally:
+        backend.encode_special_tokens = splits
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
 def _encode_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     """Encode a batch of texts to an Arrow table, which datasets writes as it is."""
-    rows = _encode(batch["text"], tokenizer)
-    lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+    return _token_table(_encode(batch["text"], tokenizer))
+
+
+def _token_table(rows: list[list[int]]) -> pa.Table:
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     offsets = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(lengths, out=offsets[1:])
     values = np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum()))

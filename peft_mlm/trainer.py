@@ -40,6 +40,7 @@ from peft_mlm.batching import LengthBatches, row_lengths
 from peft_mlm.callbacks import EpochOf, MetricsFile, Progress, show_progress
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.fingerprint import write_fingerprint
+from peft_mlm.fused_lora import fused_lora
 from peft_mlm.gathered_head import base_of, find_door
 from peft_mlm.initialization import Matrices, rewrite_for_untouched_base
 from peft_mlm.metrics import MaskedScores, evaluate_masked_lm, masked_lm_loss
@@ -234,6 +235,12 @@ class MaskedLMTrainer(Trainer):
             prefetch_factor=arguments.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train, with plain LoRA layers fused where one process holds the whole model."""
+        whole = not (self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        with fused_lora(self.model) if whole else contextlib.nullcontext():
+            return super().train(*args, **options)
 
     def compute_loss(
         self,

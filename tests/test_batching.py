@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_mlm.batching import BUCKET_TOKENS, LengthBatches
+from peft_mlm.batching import LengthBatches, bucket_lengths
 
 LENGTHS = st.lists(st.integers(1, 130), max_size=150)
 
@@ -38,6 +38,15 @@ def test_padded_tokens_stay_below_the_limit_unless_one_row_is_longer(lengths, ma
         assert longest * len(batch) <= max_tokens or len(batch) == 1
 
 
+def test_buckets_hold_their_rows_with_an_eighth_of_padding_at_most_and_stay_few():
+    lengths = np.arange(1, 4097)
+    rounded = bucket_lengths(lengths)
+    assert (rounded >= lengths).all()
+    assert ((rounded - lengths) / lengths).max() < 1 / 8
+    assert len(np.unique(rounded)) < 100
+    assert (bucket_lengths(rounded) == rounded).all()
+
+
 def test_the_longest_row_comes_first_and_little_is_padded():
     lengths = np.random.default_rng(0).integers(5, 128, size=5000)
     batches = list(LengthBatches(lengths, batch_size=32))
@@ -62,7 +71,7 @@ def test_an_epoch_is_repeatable_and_another_one_has_other_batches():
 
 
 def test_rows_meet_others_of_their_length_in_each_epoch():
-    sampler = LengthBatches([BUCKET_TOKENS] * 64, batch_size=8)
+    sampler = LengthBatches([8] * 64, batch_size=8)
     met: set[int] = set()
     for epoch in range(30):
         sampler.set_epoch(epoch)

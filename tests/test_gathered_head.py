@@ -12,7 +12,7 @@ from torch.nn import functional
 from peft_mlm.adapter import plan_adapter, wrap
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.collator import IGNORE_INDEX
-from peft_mlm.gathered_head import find_door, sum_over_masked
+from peft_mlm.gathered_head import Door, find_door, sum_over_masked
 from peft_mlm.metrics import cross_entropy_sum
 from tests.tiny import MODEL_TYPES, perturb, tiny_model
 
@@ -124,7 +124,7 @@ class _HeadOverTheRow(nn.Module):
 
 def test_a_model_that_gives_other_logits_through_the_door_is_run_whole() -> None:
     model: Any = tiny_model("bert")
-    assert find_door(model) == "cls"
+    assert find_door(model) == ("cls", "bert.encoder.layer.1.attention")
     model.cls = _HeadOverTheRow(model.cls)
     assert find_door(model) is None
     inputs, labels = masked_batch()
@@ -141,3 +141,35 @@ def test_the_mode_of_the_model_and_its_hooks_are_left_as_they_were() -> None:
     after = {name: (m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
     assert after == before
     assert "forward" not in model.roberta.__dict__
+
+
+def test_the_last_layer_ends_at_masked_rows_and_is_whole_again_under_activation_checkpointing() -> None:
+    model, (inputs, labels) = adapted("bert"), masked_batch()
+    masked, door = int((labels != IGNORE_INDEX).sum()), find_door(model)
+    seen: list[int] = []
+    last = model.get_base_model().bert.encoder.layer[-1].intermediate
+    last.register_forward_hook(lambda module, args, output: seen.append(output[..., 0].numel()))
+    wanted = gradients(model, sum_over_masked(model, inputs, labels, cross_entropy_sum, door=door))
+    assert seen == [masked]
+    seen.clear()
+    model.get_base_model().activation_checkpointing_enable()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    given = gradients(model, sum_over_masked(model, inputs, labels, cross_entropy_sum, door=door))
+    assert seen == [labels.numel()] * 2  # once forwards, once more for the gradients
+    assert max(float((a - b).abs().max()) for a, b in zip(given, wanted, strict=True)) < 1e-10
+
+
+def test_a_last_layer_that_is_passed_over_leaves_the_picking_to_the_head() -> None:
+    model, (inputs, labels) = adapted("bert"), masked_batch()
+    door = find_door(model)
+    del model.get_base_model().bert.encoder.layer[-1:]
+    nothing = Door(door.head, "bert.encoder.layer.0.output.dropout")
+    expected = by_hand(model, inputs, labels)
+    total = sum_over_masked(model, inputs, labels, cross_entropy_sum, door=Door(door.head))
+    assert torch.allclose(total, expected)
+    model.get_base_model().bert.encoder.layer[0].output.forward = lambda hidden, residual: residual
+    expected = by_hand(model, inputs, labels)
+    assert torch.allclose(sum_over_masked(model, inputs, labels, cross_entropy_sum, door=nothing), expected)
