@@ -45,6 +45,7 @@ from peft_mlm.gathered_head import base_of, find_door
 from peft_mlm.initialization import Matrices, rewrite_for_untouched_base
 from peft_mlm.metrics import MaskedScores, evaluate_masked_lm, masked_lm_loss
 from peft_mlm.optimizers import check_lorafa, check_loraplus, lorafa_optimizer, loraplus_optimizer
+from peft_mlm.precision import has_tf32
 from peft_mlm.rank_schedule import (
     RankSchedule,
     describe_ranks,
@@ -81,6 +82,10 @@ def build_training_arguments(values: Mapping[str, Any], checkpoints: Path) -> Tr
     }
     if not torch.cuda.is_available():
         settings["dataloader_pin_memory"] = False  # torch warns at every data loader
+        # A run of a GPU, looked at elsewhere: transformers refuses its bf16 unless the CPU is asked for by name.
+        settings["use_cpu"] = settings.get("use_cpu") or not torch.accelerator.is_available()
+    elif settings.get("tf32") is None and has_tf32():
+        settings["tf32"] = True  # what is computed in float32; not recorded: elsewhere it would be refused
     if settings.get("metric_for_best_model") in PERPLEXITY_NAMES:
         settings.setdefault("greater_is_better", False)  # Trainer takes all but losses for "greater is better"
     try:

@@ -163,9 +163,11 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     from peft_mlm.data import load_text
     from peft_mlm.data_passes import DataPass
     from peft_mlm.model import load_base
+    from peft_mlm.precision import settle_types
     from peft_mlm.rank_schedule import planned_steps
     from peft_mlm.trainer import build_training_arguments
 
+    arguments = settle_types(arguments)
     _tell(arguments.notices)
     training = build_training_arguments(arguments.training, run.checkpoints)
     evaluates = arguments.training.get("do_eval") is not False
