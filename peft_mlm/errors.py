@@ -6,7 +6,8 @@ PeftMlmError                 every error below: the command line prints its mess
 ├── ModelError               a base model or tokenizer that cannot serve (ValueError)
 ├── AdapterError             an adapter, or adapter options, that do not fit the base (ValueError)
 ├── MergeError               a merged model that does not equal base + adapter (RuntimeError)
-└── RunFolderError           a folder that is in the way, or is not what it should be (OSError)
+├── RunFolderError           a folder that is in the way, or is not what it should be (OSError)
+└── DeviceMemoryError        a step that the memory does not hold (MemoryError)
 
 A message says what is wrong, what was given, and what to do.
 """
@@ -50,3 +51,7 @@ class MergeError(PeftMlmError, RuntimeError):
 
 class RunFolderError(PeftMlmError, OSError):
     """A folder is in the way, or is not what it should be."""
+
+
+class DeviceMemoryError(PeftMlmError, MemoryError):
+    """The memory of the device does not hold a step."""
