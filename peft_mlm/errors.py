@@ -9,7 +9,8 @@ PeftMlmError                 every error below: the command line prints its mess
 ├── HubError                 the hub is not reached, refuses, or must not get what lies there (OSError)
 ├── MergeError               a merged model that does not equal base + adapter (RuntimeError)
 ├── ExportError              a model that cannot be written in another format, or is another one there (RuntimeError)
-└── RunFolderError           a folder that is in the way, or is not what it should be (OSError)
+├── RunFolderError           a folder that is in the way, or is not what it should be (OSError)
+└── DeviceMemoryError        a step that the memory does not hold (MemoryError)
 
 A message says what is wrong, what was given, and what to do.
 """
@@ -65,3 +66,7 @@ class ExportError(PeftMlmError, RuntimeError):
 
 class RunFolderError(PeftMlmError, OSError):
     """A folder is in the way, or is not what it should be."""
+
+
+class DeviceMemoryError(PeftMlmError, MemoryError):
+    """The memory of the device does not hold a step."""

@@ -176,7 +176,9 @@ def _in_pieces(
 
     def keep(hidden: torch.Tensor) -> torch.Tensor:
         kept["hidden"] = hidden[0]
-        return hidden[:, :1].detach()
+        # One row for the run to end with, not detached: where several processes train, the wrapper of theirs follows
+        # the output's graph to find the parameters that will get no gradient.
+        return hidden[:, :1]
 
     handle = base.base_model.register_forward_hook(lambda module, args, output: kept.update(output=output))
     try:

@@ -27,6 +27,8 @@ from peft_mlm.errors import AdapterError, ModelError
 from peft_mlm.heads import tied_parameters
 
 METHOD = "bitsandbytes"
+# Where PEFT keeps modules that are trained in full: those asked for, and the norms of LN tuning.
+TRAINED_IN_FULL = (".modules_to_save.", ".ln_tuning_layers.")
 
 
 def loading_options(config: PreTrainedConfig, arguments: ModelArguments, name: str) -> dict[str, Any]:
@@ -221,7 +223,7 @@ def trained_in_float32(model: nn.Module) -> bool:
     changed = False
     for name, module in model.named_modules():
         half = [p.dtype for p in module.parameters(recurse=False) if p.dtype in (torch.float16, torch.bfloat16)]
-        if half and ".modules_to_save." in name:
+        if half and any(part in name for part in TRAINED_IN_FULL):
             _compute_in_float32(module, half[0])
             changed = True
     return changed

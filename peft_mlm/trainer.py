@@ -13,11 +13,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader, Subset
@@ -36,15 +38,19 @@ from transformers.utils import is_liger_kernel_available
 from peft_mlm.adapter import save_adapter
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import write_base_recipe
+from peft_mlm.batch_finder import train_in_what_fits, use_batch
 from peft_mlm.batching import LengthBatches, row_lengths
 from peft_mlm.callbacks import EpochOf, MetricsFile, Progress, show_progress
+from peft_mlm.compiling import compile_layers
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.fingerprint import write_fingerprint
 from peft_mlm.fused_lora import fused_lora
-from peft_mlm.gathered_head import base_of, find_door
+from peft_mlm.gathered_head import Door, base_of, find_door
 from peft_mlm.initialization import Matrices, rewrite_for_untouched_base
 from peft_mlm.metrics import MaskedScores, evaluate_masked_lm, masked_lm_loss
 from peft_mlm.optimizers import check_lorafa, check_loraplus, lorafa_optimizer, loraplus_optimizer
+from peft_mlm.out_of_memory import DoesNotFitError, is_out_of_memory
+from peft_mlm.precision import has_tf32
 from peft_mlm.rank_schedule import (
     RankSchedule,
     describe_ranks,
@@ -82,6 +88,10 @@ def build_training_arguments(values: Mapping[str, Any], checkpoints: Path) -> Tr
     }
     if not torch.cuda.is_available():
         settings["dataloader_pin_memory"] = False  # torch warns at every data loader
+        # A run of a GPU, looked at elsewhere: transformers refuses its bf16 unless the CPU is asked for by name.
+        settings["use_cpu"] = settings.get("use_cpu") or not torch.accelerator.is_available()
+    elif settings.get("tf32") is None and has_tf32():
+        settings["tf32"] = True  # what is computed in float32; not recorded: elsewhere it would be refused
     if settings.get("metric_for_best_model") in PERPLEXITY_NAMES:
         settings.setdefault("greater_is_better", False)  # Trainer takes all but losses for "greater is better"
     try:
@@ -92,7 +102,13 @@ def build_training_arguments(values: Mapping[str, Any], checkpoints: Path) -> Tr
 
 
 def scores_of(
-    model: torch.nn.Module, rows: Dataset, collator: Callable[..., Any], arguments: TrainingArguments, *, label: str
+    model: torch.nn.Module,
+    rows: Dataset,
+    collator: Callable[..., Any],
+    arguments: TrainingArguments,
+    *,
+    label: str,
+    door: Door | None = None,
 ) -> MaskedScores:
     """Evaluate a model on rows, longest first, so that batches hold little padding.
 
@@ -104,6 +120,7 @@ def scores_of(
         collator: Makes batches, with fixed masks.
         arguments: Batch size, device, precision, workers.
         label: What the progress bar says.
+        door: Where masked rows are picked, where that is known; else it is looked for.
 
     Returns:
         Sums over all rows (over all processes, where several run).
@@ -117,7 +134,7 @@ def scores_of(
         num_workers=arguments.dataloader_num_workers,
     )
     bar = tqdm(batches, desc=label, file=sys.stderr, leave=False, disable=not show_progress(arguments), unit="batch")
-    door = find_door(base_of(model))
+    door = door or find_door(base_of(model))
     return evaluate_masked_lm(model, bar, device=arguments.device, autocast=_autocast(arguments), door=door)
 
 
@@ -184,8 +201,12 @@ class MaskedLMTrainer(Trainer):
         self.eval_collator = eval_collator
         self.save_into = save
         self.max_tokens = max_tokens
-        # A compiled model would be compiled anew for each number of masked tokens.
-        self.door = None if self.args.torch_compile else find_door(self.model)
+        self.run = run
+        self.door = find_door(self.model)
+        if self.args.torch_compile:
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # it would compile the head as well
+            how = {"backend": str(self.args.torch_compile_backend), "mode": self.args.torch_compile_mode}
+            compile_layers(base_of(self.model), self.door, device=self.args.device.type, **how)
         # Trainer then counts the masked tokens of all micro-batches of a step, which `compute_loss` divides by.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -240,8 +261,27 @@ class MaskedLMTrainer(Trainer):
     def train(self, *args: Any, **options: Any) -> Any:
         """Train, with plain LoRA layers fused where one process holds the whole model."""
         whole = not (self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        train = partial(super().train, *args, **options)
         with fused_lora(self.model) if whole else contextlib.nullcontext():
-            return super().train(*args, **options)
+            return train_in_what_fits(self, train) if self.args.auto_find_batch_size else train()
+
+    def _inner_training_loop(self, batch_size: int | None = None, **options: Any) -> Any:
+        """Train; a full memory gets past transformers' own search, which makes steps of fewer rows."""
+        arguments = self.args
+        if arguments.auto_find_batch_size and batch_size and batch_size < arguments.train_batch_size:
+            use_batch(arguments, batch_size)  # the one that fitted before the run was resumed
+        if arguments.activation_checkpointing and not (arguments.activation_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        ):
+            # transformers lets gradients flow down to the embeddings for it, which this kind does not need.
+            base_of(self.model).disable_input_require_grads()
+        try:
+            return super()._inner_training_loop(batch_size, **options)
+        except RuntimeError as error:
+            if not (arguments.auto_find_batch_size and is_out_of_memory(error)):
+                raise
+            reason = str(error)
+        raise DoesNotFitError(reason)  # not from the error, which holds on to all that the step had made
 
     def compute_loss(
         self,
@@ -294,7 +334,7 @@ class MaskedLMTrainer(Trainer):
         """Evaluate on fixed masks: loss, accuracy and perplexity over masked tokens, in the memory of one batch."""
         started = time.perf_counter()
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
-        scores = scores_of(self.model, rows, self.eval_collator, self.args, label="evaluating")
+        scores = scores_of(self.model, rows, self.eval_collator, self.args, label="evaluating", door=self.door)
         metrics: dict[str, float] = {
             f"{metric_key_prefix}_{name}": value for name, value in scores.describe().items() if name != "masked_tokens"
         }

@@ -15,6 +15,7 @@ from peft_mlm.arguments import ModelArguments
 from peft_mlm.config import Arguments, describe_help, read_arguments
 from peft_mlm.console import CommandParser, print_table
 from peft_mlm.errors import ArgumentsError
+from peft_mlm.out_of_memory import memory_told
 from peft_mlm.quantization_rules import QUANTISATION
 from peft_mlm.run_folder import RunFolder
 
@@ -84,7 +85,8 @@ def evaluate(
         fixed=True,
     )
     model = loaded.model if is_quantised(loaded.model) else loaded.model.to(training.device)
-    scores = scores_of(model, rows, masking, training, label="evaluating")
+    with memory_told(arguments, training=False):
+        scores = scores_of(model, rows, masking, training, label="evaluating")
     return {
         "model": name_or_path,
         "part": "base" if use_base else "model" if target.kind == "model" else "adapted",

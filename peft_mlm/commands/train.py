@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peft_mlm.config import Arguments, describe_help, read_arguments, write_arguments, write_sources
 from peft_mlm.console import bytes_text, is_first_process, print_table
 from peft_mlm.model_checks import check_before_loading, check_training
+from peft_mlm.out_of_memory import memory_told
 from peft_mlm.run_folder import (
     RunFolder,
     check_output_dir,
@@ -101,8 +102,12 @@ def run_training(arguments: Arguments) -> TrainResult:
     Returns:
         As `train`.
     """
+    with memory_told(arguments):
+        return _run(with_token_lists(with_whole_paths(arguments)))
+
+
+def _run(arguments: Arguments) -> TrainResult:
     started = time.perf_counter()
-    arguments = with_token_lists(with_whole_paths(arguments))
     run = RunFolder(Path(arguments.training["output_dir"]).expanduser())
     resume = arguments.training.get("resume_from_checkpoint")
     resume = None if resume in (None, False, "false") else str(resume)
@@ -163,9 +168,11 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     from peft_mlm.data import load_text
     from peft_mlm.data_passes import DataPass
     from peft_mlm.model import load_base
+    from peft_mlm.precision import settle_types
     from peft_mlm.rank_schedule import planned_steps
     from peft_mlm.trainer import build_training_arguments
 
+    arguments = settle_types(arguments)
     _tell(arguments.notices)
     training = build_training_arguments(arguments.training, run.checkpoints)
     evaluates = arguments.training.get("do_eval") is not False
@@ -181,7 +188,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
         base = load_base(with_adapter_tokenizer(arguments.model, adapter))
         check_training(base.model.config.model_type, **asked)
         corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
-    half = training.fp16 or training.bf16
+    half = training.fp16 or training.bf16 or training.torch_compile  # lengths that 8 divides
     collators = build_collators(corpus, arguments.data, base.tokenizer, seed=training.seed, half_precision=half)
     rows = corpus.rows["train"]
     most = arguments.data.max_tokens_per_batch
@@ -341,7 +348,9 @@ def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str,
     def measure(label: str) -> dict[str, Any] | None:
         if validation is None:
             return None
-        return scores_of(trainer.model, validation, trainer.eval_collator, trainer.args, label=label).describe()
+        return scores_of(
+            trainer.model, validation, trainer.eval_collator, trainer.args, label=label, door=trainer.door
+        ).describe()
 
     before = measure("base model")
     if before is not None:
