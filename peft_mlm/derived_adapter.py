@@ -19,7 +19,7 @@ from peft_mlm.base_recipe import write_base_recipe
 from peft_mlm.deltas import Parts, write_parts
 from peft_mlm.fingerprint import write_fingerprint
 from peft_mlm.low_rank import Loss, add_losses
-from peft_mlm.merging import FLOAT64_PARAMETERS, probe_rows
+from peft_mlm.merge_proof import precise_type, probe_rows
 from peft_mlm.run_folder import describe_environment, folder_bytes, write_json, write_text
 
 
@@ -129,11 +129,6 @@ def logits_of(model: Any, rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(
         [model(input_ids=r, attention_mask=torch.ones_like(r)).logits.double().cpu() for r in rows.split(4)]
     )
-
-
-def precise_type(model: PreTrainedModel) -> torch.dtype:
-    """Give the type that models of this size are compared in: float64, or float32 where that takes too much memory."""
-    return torch.float64 if sum(p.numel() for p in model.parameters()) <= FLOAT64_PARAMETERS else torch.float32
 
 
 def describe_losses(losses: Mapping[str, Loss]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedModel, PreTr
 
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ExportError
-from peft_mlm.merging import DTYPES, probe_rows
+from peft_mlm.merge_proof import probe_rows
+from peft_mlm.merging import DTYPES
 from peft_mlm.positions import position_limit
 
 # Largest difference, as a share of the largest output, of the same float32 weights.

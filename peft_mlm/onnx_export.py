@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_mlm.errors import ExportError
-from peft_mlm.merging import probe_rows
+from peft_mlm.merge_proof import probe_rows
 from peft_mlm.positions import position_limit
 
 ONNX_FILE = "model.onnx"

@@ -189,9 +189,9 @@ def _merge(
     from peft_mlm.adapter import cast_with_adapter
     from peft_mlm.base_recipe import with_base_recipe
     from peft_mlm.dense_changes import merged_parameters
-    from peft_mlm.derived_adapter import logits_of, precise_type
+    from peft_mlm.derived_adapter import logits_of
     from peft_mlm.loading import load_target, resolve_target
-    from peft_mlm.merging import probe_rows
+    from peft_mlm.merge_proof import precise_type, probe_rows
     from peft_mlm.model import load_base, with_tokenizer_of
     from peft_mlm.quantization import dequantise, is_quantised
 

@@ -91,8 +91,8 @@ def extract(
         raise ArgumentsError(f"rank is {rank}: it must be 1 or more.")
     check_new_folder(output)
     from peft_mlm.adapter import cast_with_adapter
-    from peft_mlm.derived_adapter import compare_logits, logits_of, precise_type, write_derived
-    from peft_mlm.merging import probe_rows
+    from peft_mlm.derived_adapter import compare_logits, logits_of, write_derived
+    from peft_mlm.merge_proof import precise_type, probe_rows
 
     tuned, start = _load_both(model, base)
     shown = _shown_name(model)
