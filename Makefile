@@ -31,8 +31,11 @@ demo: $(VENV)/.installed ## Train, measure, merge: a real antibody model learns 
 test: $(VENV)/.installed-dev ## Run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-bench: $(VENV)/.installed-dev ## Time training and preprocessing against run_mlm + peft (5 minutes)
-	$(BIN)/python benchmarks/against_run_mlm.py
+bench: $(VENV)/.installed-dev ## Time training and preprocessing against run_mlm + peft (15 minutes)
+	$(BIN)/python benchmarks/against_run_mlm.py --steps 5
+
+bench-gpu: $(VENV)/.installed-dev ## The same on a CUDA GPU, in bf16 and 4 bits (20 minutes)
+	$(BIN)/python benchmarks/on_gpu.py
 
 support: $(VENV)/.installed-dev ## Run every model type and every method, and write docs/support.md (10 minutes)
 	$(BIN)/python scripts/build_support_table.py
@@ -48,4 +51,4 @@ lock: | .uv ## Pin the newest versions that pyproject.toml allows
 	$(UV) pip compile --upgrade --universal --python-version 3.11 --no-header --no-annotate --quiet pyproject.toml -o requirements.lock
 	$(UV) pip compile --upgrade --universal --python-version 3.11 --no-header --no-annotate --quiet pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 
-.PHONY: help install demo test bench support quality lock
+.PHONY: help install demo test bench bench-gpu support quality lock

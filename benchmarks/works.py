@@ -136,7 +136,7 @@ def make_model(work: Work) -> Any:
     return AutoModelForMaskedLM.from_config(config)
 
 
-def baseline_trainer(model: Any, tokenizer: Any, rows: Any, values: dict[str, Any]) -> Any:
+def baseline_trainer(model: Any, tokenizer: Any, rows: Any, values: dict[str, Any], *, targets: str = TARGETS) -> Any:
     """Trainer, collator, adapter and evaluation as tutorials write them."""
     import numpy as np
     import transformers
@@ -150,7 +150,7 @@ def baseline_trainer(model: Any, tokenizer: Any, rows: Any, values: dict[str, An
         return {"accuracy": float(np.mean(best[labels != -100] == labels[labels != -100]))}
 
     return transformers.Trainer(
-        model=get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)),
+        model=get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets)),
         args=transformers.TrainingArguments(**values),
         train_dataset=rows,
         eval_dataset=rows,
@@ -239,7 +239,7 @@ class Training:
         def counted(model: Any, inputs: dict[str, Any], *more: Any, **options: Any) -> Any:
             labels = inputs["labels"]
             ids = torch.where(labels == -100, inputs["input_ids"], labels)
-            useful = ~torch.isin(ids, self.special_ids) & (inputs["attention_mask"] == 1)
+            useful = ~torch.isin(ids, self.special_ids.to(ids.device)) & (inputs["attention_mask"] == 1)
             self.counts.append((int(useful.sum()), float(inputs["attention_mask"].sum()) / len(labels)))
             return step(model, inputs, *more, **options)
 
