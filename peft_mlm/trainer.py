@@ -90,7 +90,13 @@ def build_training_arguments(values: Mapping[str, Any], checkpoints: Path) -> Tr
 
 
 def scores_of(
-    model: torch.nn.Module, rows: Dataset, collator: Callable[..., Any], arguments: TrainingArguments, *, label: str
+    model: torch.nn.Module,
+    rows: Dataset,
+    collator: Callable[..., Any],
+    arguments: TrainingArguments,
+    *,
+    label: str,
+    door: str | None = None,
 ) -> MaskedScores:
     """Evaluate a model on rows, longest first, so that batches hold little padding.
 
@@ -102,6 +108,7 @@ def scores_of(
         collator: Makes batches, with fixed masks.
         arguments: Batch size, device, precision, workers.
         label: What the progress bar says.
+        door: From `find_door`; None (default) runs the head at every position.
 
     Returns:
         Sums over all rows (over all processes, where several run).
@@ -115,7 +122,6 @@ def scores_of(
         num_workers=arguments.dataloader_num_workers,
     )
     bar = tqdm(batches, desc=label, file=sys.stderr, leave=False, disable=not show_progress(arguments), unit="batch")
-    door = find_door(base_of(model))
     return evaluate_masked_lm(model, bar, device=arguments.device, autocast=_autocast(arguments), door=door)
 
 
@@ -182,8 +188,11 @@ class MaskedLMTrainer(Trainer):
         self.eval_collator = eval_collator
         self.save_into = save
         self.max_tokens = max_tokens
+        # Where it is depends on the layers alone: found once, it serves every evaluation too.
+        self.eval_door = find_door(base_of(self.model))
         # A compiled model would be compiled anew for each number of masked tokens.
-        self.door = None if self.args.torch_compile else find_door(self.model)
+        self.door = None if self.args.torch_compile else self.eval_door
+        self.scores_at: dict[int, MaskedScores] = {}
         # Trainer then counts the masked tokens of all micro-batches of a step, which `compute_loss` divides by.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -220,6 +229,7 @@ class MaskedLMTrainer(Trainer):
             row_lengths(self.train_dataset),
             batch_size=self._train_batch_size,
             max_tokens=self.max_tokens,
+            drop_last=arguments.dataloader_drop_last,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         )
         self.add_callback(EpochOf(batches))
@@ -286,7 +296,9 @@ class MaskedLMTrainer(Trainer):
         """Evaluate on fixed masks: loss, accuracy and perplexity over masked tokens, in the memory of one batch."""
         started = time.perf_counter()
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
-        scores = scores_of(self.model, rows, self.eval_collator, self.args, label="evaluating")
+        scores = self.measure(rows, label="evaluating")
+        if rows is self.eval_dataset:
+            self.scores_at[self.state.global_step] = scores
         metrics: dict[str, float] = {
             f"{metric_key_prefix}_{name}": value for name, value in scores.describe().items() if name != "masked_tokens"
         }
@@ -294,6 +306,23 @@ class MaskedLMTrainer(Trainer):
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measure(self, rows: Dataset, *, label: str) -> MaskedScores:
+        """Evaluate the model as it is, and log nothing."""
+        return scores_of(self.model, rows, self.eval_collator, self.args, label=label, door=self.eval_door)
+
+    def measure_trained(self, *, label: str) -> MaskedScores:
+        """Evaluate the model that training left; where it was evaluated as it is, give those figures."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        step = self.state.global_step if best is None else int(Path(best).name.rpartition("-")[2])
+        if step in self.scores_at and self.schedule is None:  # a schedule changes the ranks at the end
+            return self.scores_at[step]
+        return self.measure(self.eval_dataset, label=label)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as Trainer does."""
+        self.scores_at = {}
+        return super().train(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, or the model where there is none; no pickled arguments beside it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft_mlm.console import CommandParser, bytes_text, print_table
 from peft_mlm.errors import AdapterError, ArgumentsError, RunFolderError
+from peft_mlm.model_checks import check_path
 from peft_mlm.run_folder import check_output_dir, folder_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,14 +45,16 @@ def merge(
         MergeError: The merged model is not what was trained; nothing is written then.
         RunFolderError: `output_dir` is not empty, or cannot be made.
     """
-    from peft_mlm.loading import load_target, resolve_target
-    from peft_mlm.merging import merge_adapter, probe_logits
-    from peft_mlm.quantization import is_quantised
-
     if dtype not in DTYPES:
         raise ArgumentsError(f"dtype is {dtype!r}: choose {', '.join(DTYPES)}.")
     output = Path(output_dir).expanduser()
     _check_output(output)
+    check_path(name_or_path)
+
+    from peft_mlm.loading import load_target, resolve_target
+    from peft_mlm.merging import merge_adapter, probe_logits
+    from peft_mlm.quantization import is_quantised
+
     target = resolve_target(name_or_path, base=base)
     if target.adapter is None:
         raise AdapterError(
