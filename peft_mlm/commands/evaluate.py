@@ -18,7 +18,6 @@ from peft_mlm.errors import ArgumentsError
 from peft_mlm.model_checks import check_path
 from peft_mlm.quantization_rules import QUANTISATION
 from peft_mlm.run_folder import RunFolder, is_run_folder
-from peft_mlm.text_files import find_files
 
 # Flags of the model group that say how to load, not what.
 HOW_TO_LOAD = ("model_revision", "token", "cache_dir", "trust_remote_code", "dtype", *QUANTISATION)
@@ -57,6 +56,8 @@ def evaluate(
     if config is None and is_run_folder(Path(name_or_path).expanduser()):
         config = RunFolder(Path(name_or_path).expanduser()).arguments
     if config is not None or flags:
+        from peft_mlm.text_files import find_files
+
         find_files(read_arguments(config, flags, for_training=False).data.validation_file or ())
 
     from peft_mlm import collator

@@ -26,7 +26,6 @@ from peft_mlm.run_folder import (
     write_text,
 )
 from peft_mlm.settled_arguments import with_token_lists, with_whole_paths
-from peft_mlm.text_files import find_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,8 +141,6 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
         "checkpointing": bool(arguments.training.get("activation_checkpointing")),
         "mixed_precision": bool(arguments.training.get("bf16") or arguments.training.get("fp16")),
     }
-    evaluates = arguments.training.get("do_eval") is not False
-    find_files([*(arguments.data.train_file or ()), *((evaluates and arguments.data.validation_file) or ())])
     if arguments.model.config_overrides is None:
         check_before_loading(
             name_or_path=arguments.model.model_name_or_path or arguments.model.config_name,
@@ -151,6 +148,11 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
             attention=arguments.model.attn_implementation,
             **asked,
         )
+
+    from peft_mlm.text_files import find_files
+
+    evaluates = arguments.training.get("do_eval") is not False
+    find_files([*(arguments.data.train_file or ()), *((evaluates and arguments.data.validation_file) or ())])
 
     from transformers import set_seed
 
