@@ -72,10 +72,11 @@ class WordMemo:
         Returns:
             The ids of all texts end to end, and the number of ids of each text.
         """
-        if self.active and not self.proved:
+        if self.active and texts and not self.proved:
             self.proved = True
             some = texts[:PROVED_TEXTS]
-            self.active = all(map(np.array_equal, self._by_words(some), self._whole(some)))
+            pairs = zip(self._by_words(some), self._whole(some), strict=True)
+            self.active = all(np.array_equal(one, other) for one, other in pairs)
         return self._by_words(texts) if self.active and texts else self._whole(texts)
 
     def _whole(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
@@ -107,7 +108,7 @@ class WordMemo:
         across = np.logical_or.reduceat(self.reaches_across[numbers], starts)
         if across.any():
             # Such a text takes the place of its first word, at the end of the table.
-            more, more_lengths = self._whole([texts[i] for i in np.flatnonzero(across)])
+            more, more_lengths = self._whole([texts[i] for i in np.flatnonzero(across).tolist()])
             numbers[starts[across]] = len(lengths) + np.arange(len(more_lengths))
             kept = is_first | ~np.repeat(across, counts)
             at = np.concatenate([at, len(ids) + np.cumsum(more_lengths) - more_lengths])
