@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as compute
 from datasets import Dataset
 from torch.utils.data import Sampler
 
@@ -30,10 +31,9 @@ def row_lengths(rows: Dataset) -> Indices:
     Returns:
         Lengths, (rows,).
     """
-    if rows._indices is None:
-        lengths = rows.data.column("input_ids").combine_chunks().value_lengths()
-        return np.asarray(lengths.to_numpy(zero_copy_only=False), np.int64)
-    return np.fromiter((len(ids) for ids in rows["input_ids"]), np.int64, len(rows))
+    # Piece by piece: the tokens stay where they are, on disk.
+    lengths = np.asarray(compute.list_value_length(rows.data.column("input_ids")).to_numpy(), np.int64)
+    return lengths if rows._indices is None else lengths[rows._indices.column(0).to_numpy()]
 
 
 def bucket_lengths(lengths: Indices) -> Indices:
@@ -63,13 +63,21 @@ class LengthBatches(Sampler[list[int]]):
         max_tokens: Tokens per batch at most, padding included, in place of `batch_size`; a longer row is a batch of
             its own.
         seed: Decides, with the epoch, which rows meet and in which order.
+        drop_last: Whether every batch has `batch_size` rows: what is over is left out, other rows in each epoch. It has
+            no effect with `max_tokens`, whose batches differ in size.
     """
 
     def __init__(
-        self, lengths: npt.ArrayLike, *, batch_size: int, max_tokens: int | None = None, seed: int = 0
+        self,
+        lengths: npt.ArrayLike,
+        *,
+        batch_size: int,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        drop_last: bool = False,
     ) -> None:
         self.lengths = np.asarray(lengths, np.int64)
-        self.batch_size, self.max_tokens, self.seed = batch_size, max_tokens, seed
+        self.batch_size, self.max_tokens, self.seed, self.drop_last = batch_size, max_tokens, seed, drop_last
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -85,7 +93,9 @@ class LengthBatches(Sampler[list[int]]):
 
     def _make(self, chance: np.random.Generator) -> list[Indices]:
         shuffled = chance.permutation(len(self.lengths))
-        buckets = bucket_lengths(self.lengths)[shuffled]
+        if self.drop_last and self.max_tokens is None:
+            shuffled = shuffled[: len(shuffled) // self.batch_size * self.batch_size]
+        buckets = bucket_lengths(self.lengths[shuffled])
         full: list[Indices] = []
         left: list[Indices] = []
         for bucket in np.unique(buckets)[::-1]:

@@ -22,7 +22,7 @@ from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
 from peft_mlm.head_mapping import Renaming, describe_unused, open_checkpoint, rename_checkpoint
 from peft_mlm.heads import encoder_parameters
-from peft_mlm.model_checks import check_attention, check_config, check_dtype
+from peft_mlm.model_checks import check_attention, check_config, check_dtype, check_path
 from peft_mlm.model_types import MODEL_TYPES
 from peft_mlm.quantization import loading_options, prepare_quantised
 from peft_mlm.untying import keep_ties_of_checkpoint
@@ -67,8 +67,7 @@ def loading_of(what: str, name: str) -> Iterator[None]:
         raise ModelError(f"{name} is a file: give the folder it lies in, or a hub name.")
     if path.is_dir() and what == "model" and not (path / "config.json").is_file():
         raise ModelError(f"The folder {name} has no config.json: it holds no model. Give the folder of a saved model.")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ModelError(f"There is no folder {name}. Give an existing folder, or a hub name such as org/model.")
+    check_path(name)
     try:
         with quiet_transformers():
             yield

@@ -130,7 +130,8 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             name, use_fast=arguments.use_fast_tokenizer, **hub_options(arguments, revision)
         )
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+    special = set(tokenizer.all_special_tokens)
+    if len(tokenizer) <= len(special) and not set(tokenizer.get_vocab()) - special:
         # transformers makes an empty tokenizer where it finds no file
         raise ModelError(f"Cannot load the tokenizer {name}: it holds no tokens. Are its files (tokenizer.json) there?")
     for token in ("mask_token", "pad_token"):

@@ -90,6 +90,20 @@ def check_training(model_type: str, *, checkpointing: bool, mixed_precision: boo
         )
 
 
+def check_path(name: str) -> None:
+    """Refuse a path at which nothing lies; a name on the hub passes.
+
+    Args:
+        name: What the user gave.
+
+    Raises:
+        ModelError: It is written as a path, and there is nothing.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ModelError(f"There is no folder {name}. Give an existing folder, or a hub name such as org/model.")
+
+
 def check_before_loading(
     *,
     name_or_path: str | None,
@@ -108,8 +122,10 @@ def check_before_loading(
         mixed_precision: Whether bf16 or fp16 is.
 
     Raises:
-        ModelError: The type cannot serve, or does not have what was asked for.
+        ModelError: There is no such folder, or the type cannot serve, or does not have what was asked for.
     """
+    if name_or_path is not None:
+        check_path(name_or_path)
     config = _local_config(name_or_path) if name_or_path is not None else {"model_type": model_type}
     if "model_type" not in config:
         return  # on the hub, or broken: loading will tell

@@ -59,7 +59,7 @@ def read_text_files(patterns: Sequence[str], text_column: str | None, cache_dir:
     """
     from datasets import concatenate_datasets
 
-    files = list(dict.fromkeys(file for pattern in patterns for file in _expand(pattern)))
+    files = find_files(patterns)
     parts, chosen = [], []
     for file in files:
         with named_faults(file):
@@ -71,6 +71,25 @@ def read_text_files(patterns: Sequence[str], text_column: str | None, cache_dir:
         chosen.append(column)
         parts.append(_read_cached(file, format_, column, cache_dir))
     return TextFiles(concatenate_datasets(parts), files, ", ".join(dict.fromkeys(chosen)))
+
+
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """Find the files of some names and globs; nothing is read, and nothing heavy imported.
+
+    Args:
+        patterns: As in `read_text_files`.
+
+    Returns:
+        The files, each once.
+
+    Raises:
+        DataError: If a file is missing, or of an unknown format.
+    """
+    files = list(dict.fromkeys(file for pattern in patterns for file in _expand(pattern)))
+    for file in files:
+        with named_faults(file):
+            find_format(file)
+    return files
 
 
 def choose_column(columns: Sequence[Column], text_column: str | None, where: str) -> str:

@@ -35,11 +35,9 @@ _TOKEN_FEATURES = Features({"input_ids": List(Value("int32"))})
 _BATCH_SIZE = 1000
 # Bytes of text that are worth a process of their own: a few seconds of work.
 _FAST_SHARE, _SLOW_SHARE = 2**26, 2**21
-# What a tokenizer saves that does not decide its ids here: settings of the last call, and of the way it was loaded.
-_NO_MATTER = {
-    "tokenizer.json": {"truncation", "padding"},
-    "tokenizer_config.json": {"is_local", "local_files_only", "name_or_path", "model_max_length", "chat_template"},
-}
+# What a tokenizer saves in its config that does not decide its ids here.
+_CONFIG = "tokenizer_config.json"
+_NO_MATTER = {"is_local", "local_files_only", "name_or_path", "model_max_length", "chat_template"}
 # Part of the cache key: raise it when this module gives other ids for the same text and tokenizer.
 _RESULT_VERSION = 1
 
@@ -280,16 +278,16 @@ def _is_plain_rust(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash what decides the ids: the files that the tokenizer saves.
 
-    Not the pickled object, whose truncation and padding settings change with each call, so that the second run would
-    not find the cache of the first.
+    A fast one saves the truncation and padding of its last call too: the last call is one without. Its large file is
+    hashed as it is; to take it apart takes seconds where the vocabulary is large.
     """
     files: dict[str, Any] = {}
+    _encode([""], tokenizer)
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 files[path.name] = path.read_bytes()
-    for name, no_matter in _NO_MATTER.items():
-        if name in files:
-            files[name] = {key: value for key, value in json.loads(files[name]).items() if key not in no_matter}
+    if _CONFIG in files:
+        files[_CONFIG] = {key: value for key, value in json.loads(files[_CONFIG]).items() if key not in _NO_MATTER}
     return str(Hasher.hash([type(tokenizer).__name__, files]))

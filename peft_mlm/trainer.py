@@ -120,7 +120,7 @@ def scores_of(
         collator: Makes batches, with fixed masks.
         arguments: Batch size, device, precision, workers.
         label: What the progress bar says.
-        door: Where masked rows are picked, where that is known; else it is looked for.
+        door: From `find_door`; None (default) runs the head at every position.
 
     Returns:
         Sums over all rows (over all processes, where several run).
@@ -134,7 +134,6 @@ def scores_of(
         num_workers=arguments.dataloader_num_workers,
     )
     bar = tqdm(batches, desc=label, file=sys.stderr, leave=False, disable=not show_progress(arguments), unit="batch")
-    door = door or find_door(base_of(model))
     return evaluate_masked_lm(model, bar, device=arguments.device, autocast=_autocast(arguments), door=door)
 
 
@@ -202,7 +201,9 @@ class MaskedLMTrainer(Trainer):
         self.save_into = save
         self.max_tokens = max_tokens
         self.run = run
+        # Where it is depends on the layers alone: found once, it serves every evaluation too.
         self.door = find_door(self.model)
+        self.scores_at: dict[int, MaskedScores] = {}
         if self.args.torch_compile:
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # it would compile the head as well
             how = {"backend": str(self.args.torch_compile_backend), "mode": self.args.torch_compile_mode}
@@ -243,6 +244,7 @@ class MaskedLMTrainer(Trainer):
             row_lengths(self.train_dataset),
             batch_size=self._train_batch_size,
             max_tokens=self.max_tokens,
+            drop_last=arguments.dataloader_drop_last,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         )
         self.add_callback(EpochOf(batches))
@@ -260,6 +262,7 @@ class MaskedLMTrainer(Trainer):
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train, with plain LoRA layers fused where one process holds the whole model."""
+        self.scores_at = {}
         whole = not (self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled)
         train = partial(super().train, *args, **options)
         with fused_lora(self.model) if whole else contextlib.nullcontext():
@@ -334,7 +337,9 @@ class MaskedLMTrainer(Trainer):
         """Evaluate on fixed masks: loss, accuracy and perplexity over masked tokens, in the memory of one batch."""
         started = time.perf_counter()
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
-        scores = scores_of(self.model, rows, self.eval_collator, self.args, label="evaluating", door=self.door)
+        scores = self.measure(rows, label="evaluating")
+        if rows is self.eval_dataset:
+            self.scores_at[self.state.global_step] = scores
         metrics: dict[str, float] = {
             f"{metric_key_prefix}_{name}": value for name, value in scores.describe().items() if name != "masked_tokens"
         }
@@ -342,6 +347,18 @@ class MaskedLMTrainer(Trainer):
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measure(self, rows: Dataset, *, label: str) -> MaskedScores:
+        """Evaluate the model as it is, and log nothing."""
+        return scores_of(self.model, rows, self.eval_collator, self.args, label=label, door=self.door)
+
+    def measure_trained(self, *, label: str) -> MaskedScores:
+        """Evaluate the model that training left; where it was evaluated as it is, give those figures."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        step = self.state.global_step if best is None else int(Path(best).name.rpartition("-")[2])
+        if step in self.scores_at and self.schedule is None:  # a schedule changes the ranks at the end
+            return self.scores_at[step]
+        return self.measure(self.eval_dataset, label=label)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, or the model where there is none; no pickled arguments beside it."""

@@ -72,7 +72,7 @@ class WordMemo:
         Returns:
             The ids of all texts end to end, and the number of ids of each text.
         """
-        if self.active and not self.proved:
+        if self.active and texts and not self.proved:
             self.proved = True
             some = texts[:PROVED_TEXTS]
             (ids, lengths), (wanted, their_lengths) = self._by_words(some), self._whole(some)

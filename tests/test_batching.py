@@ -2,10 +2,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from datasets import Dataset, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_mlm.batching import LengthBatches, bucket_lengths
+from peft_mlm.batching import LengthBatches, bucket_lengths, row_lengths
+
+
+def test_lengths_are_those_of_the_rows_whatever_their_order_and_pieces():
+    rows = [list(range(number % 7)) for number in range(50)]
+    data = concatenate_datasets([Dataset.from_dict({"input_ids": part}) for part in (rows[:20], rows[20:])])
+    for some in (data, data.select(range(5, 30)), data.select([49, 3, 21, 3]), data.shuffle(seed=1), data.select([])):
+        assert row_lengths(some).tolist() == [len(ids) for ids in some["input_ids"]]
+
 
 LENGTHS = st.lists(st.integers(1, 130), max_size=150)
 
@@ -77,3 +86,30 @@ def test_rows_meet_others_of_their_length_in_each_epoch():
         sampler.set_epoch(epoch)
         met |= {row for batch in sampler if 0 in batch for row in batch}
     assert len(met) == pytest.approx(64, abs=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=LENGTHS, batch_size=st.integers(1, 40))
+def test_only_full_batches_are_left_where_the_last_one_is_dropped(lengths, batch_size):
+    batches = LengthBatches(lengths, batch_size=batch_size, drop_last=True)
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        made = [row for batch in batches for row in batch]
+        assert {len(batch) for batch in batches} <= {batch_size}
+        assert len(batches) == len(lengths) // batch_size
+        assert len(set(made)) == len(made) == len(batches) * batch_size
+
+
+def test_the_rows_that_are_dropped_are_others_in_each_epoch():
+    lengths = np.random.default_rng(0).integers(5, 60, size=70)
+    batches, kept = LengthBatches(lengths, batch_size=32, drop_last=True), set()
+    for epoch in range(40):
+        batches.set_epoch(epoch)
+        kept |= {row for batch in batches for row in batch}
+    assert kept == set(range(70))  # short ones too, which are batched last
+
+
+def test_nothing_is_dropped_where_batches_are_made_by_tokens():
+    lengths = np.random.default_rng(0).integers(5, 60, size=70)
+    batches = LengthBatches(lengths, batch_size=32, max_tokens=700, drop_last=True)
+    assert sorted(row for batch in batches for row in batch) == list(range(70))

@@ -172,6 +172,11 @@ def test_words_with_something_odd_at_their_edge_do_not_stand_alone(word: str, al
     assert stands_alone(word) is alone
 
 
+def test_no_texts_have_no_ids(tmp_path: Path) -> None:
+    ids, lengths = WordMemo(prepared(make_tokenizer("bert", tmp_path))).encode([])
+    assert (len(ids), len(lengths)) == (0, 0)
+
+
 def test_processes_of_a_fast_tokenizer_say_nothing_of_threads(tmp_path: Path) -> None:
     program = """
 import sys

@@ -291,6 +291,7 @@ def _measure(loaded: Loaded, arguments: Arguments) -> Callable[[], dict[str, Any
     from peft_mlm import collator
     from peft_mlm.corpus import build_corpus
     from peft_mlm.data import load_text
+    from peft_mlm.gathered_head import base_of, find_door
     from peft_mlm.quantization import is_quantised
     from peft_mlm.trainer import build_training_arguments, scores_of
 
@@ -308,7 +309,8 @@ def _measure(loaded: Loaded, arguments: Arguments) -> Callable[[], dict[str, Any
         fixed=True,
     )
     model = loaded.model if is_quantised(loaded.model) else loaded.model.to(training.device)
-    return lambda: scores_of(model, rows, masking, training, label="searching").describe()
+    door = find_door(base_of(model))
+    return lambda: scores_of(model, rows, masking, training, label="searching", door=door).describe()
 
 
 def _derived(sources: Sequence[Source], parts: Parts, tokenizer: Any, record: Mapping[str, Any]) -> Derived:

@@ -15,9 +15,10 @@ from peft_mlm.arguments import ModelArguments
 from peft_mlm.config import Arguments, describe_help, read_arguments
 from peft_mlm.console import CommandParser, print_table
 from peft_mlm.errors import ArgumentsError
+from peft_mlm.model_checks import check_path
 from peft_mlm.out_of_memory import memory_told
 from peft_mlm.quantization_rules import QUANTISATION
-from peft_mlm.run_folder import RunFolder
+from peft_mlm.run_folder import RunFolder, is_run_folder
 
 # Flags of the model group that say how to load, not what.
 HOW_TO_LOAD = ("model_revision", "token", "cache_dir", "trust_remote_code", "dtype", *QUANTISATION)
@@ -52,9 +53,18 @@ def evaluate(
         ModelError: The model cannot be loaded, or has no masked LM head.
         AdapterError: The adapter does not fit its base.
     """
+    check_path(name_or_path)
+    if config is None and is_run_folder(Path(name_or_path).expanduser()):
+        config = RunFolder(Path(name_or_path).expanduser()).arguments
+    if config is not None or flags:
+        from peft_mlm.text_files import find_files
+
+        find_files(read_arguments(config, flags, for_training=False).data.validation_file or ())
+
     from peft_mlm import collator
     from peft_mlm.corpus import build_corpus
     from peft_mlm.data import load_text
+    from peft_mlm.gathered_head import base_of, find_door
     from peft_mlm.loading import load_target, resolve_target, with_quantisation
     from peft_mlm.quantization import is_quantised
     from peft_mlm.trainer import build_training_arguments, scores_of
@@ -86,7 +96,8 @@ def evaluate(
     )
     model = loaded.model if is_quantised(loaded.model) else loaded.model.to(training.device)
     with memory_told(arguments, training=False):
-        scores = scores_of(model, rows, masking, training, label="evaluating")
+        door = find_door(base_of(model))
+        scores = scores_of(model, rows, masking, training, label="evaluating", door=door)
     return {
         "model": name_or_path,
         "part": "base" if use_base else "model" if target.kind == "model" else "adapted",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_mlm.console import CommandParser, print_table
 from peft_mlm.errors import ArgumentsError, DataError
+from peft_mlm.model_checks import check_path
 
 if TYPE_CHECKING:
     from peft_mlm.loading import Loaded
@@ -50,10 +51,12 @@ def fill_mask(
         ArgumentsError: `top_k` is no positive number, or an adapter is asked for on a base in other bits.
         DataError: A text has no mask, or is longer than the model holds.
     """
-    from peft_mlm.loading import load_target, resolve_target, with_quantisation
-
     if top_k < 1:
         raise ArgumentsError(f"top_k is {top_k}; it must be 1 or more.")
+    check_path(name_or_path)
+
+    from peft_mlm.loading import load_target, resolve_target, with_quantisation
+
     given = [texts] if isinstance(texts, str) else list(texts)
     target = resolve_target(name_or_path, base=base, part="base" if use_base else "adapted")
     bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peft_mlm.argument_types import convert, parse_type
 from peft_mlm.console import CommandParser, bytes_text, print_table
 from peft_mlm.errors import AdapterError, ArgumentsError, RunFolderError
+from peft_mlm.model_checks import check_path
 from peft_mlm.run_folder import check_output_dir, describe_environment, folder_bytes, read_json
 
 if TYPE_CHECKING:
@@ -59,14 +60,16 @@ def merge(
         MergeError: The merged model is not what was trained; nothing is written then.
         RunFolderError: `output_dir` is not empty, or cannot be made.
     """
+    _check_choices(dtype, into)
+    output = Path(output_dir).expanduser()
+    _check_output(output)
+    check_path(name_or_path)
+
     from peft_mlm.loading import check_base, prepare_adapter, resolve_target
     from peft_mlm.merging import REPORT, built_merge, write_merged
     from peft_mlm.stream_plan import plan_stream, stored_type
     from peft_mlm.streaming_merge import streamed_merge
 
-    _check_choices(dtype, into)
-    output = Path(output_dir).expanduser()
-    _check_output(output)
     target = resolve_target(name_or_path, base=base)
     if target.adapter is None:
         raise AdapterError(

@@ -154,6 +154,11 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
             **asked,
         )
 
+    from peft_mlm.text_files import find_files
+
+    evaluates = arguments.training.get("do_eval") is not False
+    find_files([*(arguments.data.train_file or ()), *((evaluates and arguments.data.validation_file) or ())])
+
     from transformers import set_seed
 
     from peft_mlm.adaptation import (
@@ -175,7 +180,6 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     arguments = settle_types(arguments)
     _tell(arguments.notices)
     training = build_training_arguments(arguments.training, run.checkpoints)
-    evaluates = arguments.training.get("do_eval") is not False
     splits = ("train", "validation") if evaluates else ("train",)
     adapter = adapter_to_go_on_with(arguments)
     arguments = with_base_of_adapter(arguments, adapter)
@@ -341,24 +345,16 @@ def _peft_type(model: Any) -> str:
 
 
 def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str, Any]:
-    from peft_mlm.trainer import scores_of
-
     trainer, validation = prepared.trainer, prepared.corpus.rows.get("validation")
 
-    def measure(label: str) -> dict[str, Any] | None:
-        if validation is None:
-            return None
-        return scores_of(
-            trainer.model, validation, trainer.eval_collator, trainer.args, label=label, door=trainer.door
-        ).describe()
-
-    before = measure("base model")
-    if before is not None:
+    before = None
+    if validation is not None:
+        before = trainer.measure(validation, label="base model").describe()
         _tell([f"base model: perplexity {before['perplexity']:.3f}, masked accuracy {before['accuracy']:.4f}"])
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return {
         "base": before,
-        "adapted": measure("adapted model"),
+        "adapted": None if validation is None else trainer.measure_trained(label="adapted model").describe(),
         "steps": done.global_step,
         "epochs": round(float(trainer.state.epoch or 0), 4),
         "train_seconds": round(done.metrics["train_runtime"], 1),

@@ -274,7 +274,7 @@ def bad_words(case: str, run: Path, tmp_path: Path) -> list[object]:
         ("a model", "is no adapter"),
         ("a whole run", "no run with one"),
         ("no model at all", "adapter_config.json"),
-        ("nothing there", "is no adapter"),
+        ("nothing there", "There is no folder"),
         ("half the weights", "does not fit"),
         ("a tensor missing", "does not fit"),
         ("not a number", "cannot be merged"),
