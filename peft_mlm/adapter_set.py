@@ -13,12 +13,20 @@ from typing import Any, overload
 
 import torch
 from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from transformers import PreTrainedTokenizerBase
 
 from peft_mlm import loading
 from peft_mlm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from peft_mlm.adapter_fit import check_adapter_fits
-from peft_mlm.adapters_together import ONE_BY_ONE, check_mixed, check_together, read_contents, takes_rows_first
+from peft_mlm.adapters_together import (
+    ONE_BY_ONE,
+    check_mixed,
+    check_together,
+    read_contents,
+    same_shapes,
+    takes_rows_first,
+)
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.base_recipe import base_recipe, with_base_recipe
 from peft_mlm.checkpoint import load_outline
@@ -89,7 +97,8 @@ class AdapterSet:
             self.model.base_model.disable_adapter_layers()
         else:
             inner = self._known(name)
-            self.model.base_model.enable_adapter_layers()
+            if self._active is None:
+                self.model.base_model.enable_adapter_layers()
             self.model.set_adapter(inner, inference_mode=True)
         self._active = name
         return self.model
@@ -129,13 +138,15 @@ class AdapterSet:
         inner = [NO_ADAPTER if name is None else self._known(name) for name in names]
         self._check_mixed()
         before = self._active
-        self.model.base_model.enable_adapter_layers()
+        if before is None:  # else PEFT passes over its layers
+            self.use(self.names[0])
         try:
             output: torch.Tensor = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, adapter_names=inner
             ).logits
         finally:
-            self.use(before)
+            if before is None:
+                self.use(None)
         return output
 
     def add(self, name: str, name_or_path: str, *, any_base: bool = False) -> None:
@@ -170,9 +181,16 @@ class AdapterSet:
         beside = {other: folder for other, folder in self._folders.items() if other != name}
         target = _target_of(name_or_path, None)
         self._check_new(name, target, any_base=any_base, beside=beside)
-        self._put_on(name, _folder_of(target))
-        self.use(name)  # PEFT wants another one active where the active one goes
-        self.model.delete_adapter(old)
+        folder = _folder_of(target)
+        if same_shapes(self._folders[name], folder):
+            self.use(name)  # PEFT compares the new config with that of the adapter in use
+            hotswap_adapter(self.model, str(folder), old, torch_device=str(self.model.device))
+            self.model.peft_config[old].lora_alpha = read_contents(folder).config["lora_alpha"]
+            self._folders[name] = folder
+        else:
+            self._put_on(name, folder)
+            self.use(name)  # PEFT wants another one active where the active one goes
+            self.model.delete_adapter(old)
         self.use(was_active)
 
     def remove(self, name: str) -> None:

@@ -27,6 +27,10 @@ EDITING_STARTS = ("pissa", "olora", "corda", "lora_ga")
 ONE_BY_ONE = "Switch with use(name), and compute the rows of each adapter by themselves."
 
 
+# What of a LoRA config says nothing about the kind and the sizes of its layers.
+MAY_DIFFER = ("lora_alpha", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+
+
 @dataclass(frozen=True)
 class Contents:
     """What lies in an adapter's folder.
@@ -143,6 +147,30 @@ def _check_nested(adapters: Mapping[str, Contents]) -> None:
                     f"{name} trains the module {module} as a whole, and {other} changes a part of it ({tensor}): PEFT "
                     "would mix them up. Load them apart."
                 )
+
+
+def same_shapes(one: Path, other: Path) -> bool:
+    """Tell whether the numbers of one LoRA adapter can be put in the place of another's, matrix by matrix.
+
+    PEFT's hot-swap takes adapters of other ranks too, but fills the rest with zeros, so that sums are made in another
+    order, and leaves the old config on them.
+
+    Args:
+        one: Folder of an adapter.
+        other: Folder of another.
+
+    Returns:
+        True for two LoRA adapters that differ in numbers and in `lora_alpha` alone.
+    """
+    contents = [read_contents(folder) for folder in (one, other)]
+    told = [{k: v for k, v in c.config.items() if k not in MAY_DIFFER} for c in contents]
+    if told[0] != told[1] or told[0]["peft_type"] != "LORA":
+        return False
+    shapes = []
+    for folder in (one, other):
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
+            shapes.append({name: weights.get_slice(name).get_shape() for name in weights.keys()})  # noqa: SIM118
+    return shapes[0] == shapes[1] and all(".lora_" in name for name in shapes[0])
 
 
 def takes_rows_first(model: PeftModel) -> bool:

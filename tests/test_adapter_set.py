@@ -123,6 +123,25 @@ def test_one_is_replaced_by_one_of_another_rank_without_touching_base_or_others(
     assert len(together.model.peft_config) == 3
 
 
+def test_one_is_replaced_by_one_of_its_kind_and_another_alpha(
+    together: AdapterSet, paths: dict[str, str], base_folder: Path, tmp_path: Path
+) -> None:
+    new = make(base_folder, tmp_path / "new", 9, lora_r=16, lora_alpha=48)
+    layers = set(together.model.peft_config)
+    for in_use in ("human", "mouse", None):
+        together.use(in_use)
+        for path in (paths["human"], new):
+            together.replace("human", path)
+            assert together.active == in_use
+    assert set(together.model.peft_config) == layers  # swapped in place
+    assert torch.equal(logits_at(together.use("human"), IDS), alone(new))
+    assert torch.equal(logits_at(together.use("mouse"), IDS), alone(paths["mouse"]))
+    together.use("human")
+    together.model.save_pretrained(str(tmp_path / "saved"), selected_adapters=[together.model.active_adapter])
+    (saved,) = (tmp_path / "saved").glob("*/adapter_config.json")
+    assert json.loads(saved.read_text())["lora_alpha"] == 48
+
+
 def test_a_refused_replacement_leaves_the_old_one(
     together: AdapterSet, paths: dict[str, str], base_folder: Path, other_base: Path, tmp_path: Path
 ) -> None:
