@@ -68,13 +68,9 @@ def test_a_mistake_that_names_and_arguments_tell_is_found_before_anything_heavy_
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-def test_commands_without_texts_load_neither_datasets_nor_the_trainer(trained_run: Path, tmp_path: Path) -> None:
-    commands = [
-        ["fill-mask", str(trained_run), "A<mask>"],
-        ["merge", str(trained_run), "--output_dir", str(tmp_path / "merged")],
-    ]
+def test_a_command_without_texts_loads_neither_datasets_nor_the_trainer(trained_run: Path) -> None:
     asked = ["transformers", "datasets", "pandas", "transformers.trainer", "sklearn", "torch.utils.tensorboard"]
-    assert loaded_after(asked, *commands) == ([0, 0], ["transformers"])
+    assert loaded_after(asked, ["fill-mask", str(trained_run), "A<mask>"]) == ([0], ["transformers"])
 
 
 class Counted:
