@@ -42,14 +42,21 @@ def compile_layers(base: PreTrainedModel, door: Door | None, *, backend: str, mo
     if backend == "inductor":
         _check_tools(device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_AT_MOST)
-    layers = {name: layer for name, layer in _layers(base).items() if door is None or not _within(door, name)}
+    layers = {name: layer for name, layer in encoder_layers(base).items() if door is None or not _within(door, name)}
     for layer in layers.values():
         layer.compile(backend=backend, mode=mode)
     return len(layers)
 
 
-def _layers(base: PreTrainedModel) -> dict[str, nn.Module]:
-    """Name the layers of the encoder: the members of its largest list of modules."""
+def encoder_layers(base: PreTrainedModel) -> dict[str, nn.Module]:
+    """Name the layers of an encoder.
+
+    Args:
+        base: The masked LM.
+
+    Returns:
+        The members of its longest list of modules by full name, in their order; empty where it has none.
+    """
     lists = {
         name: module
         for name, module in base.named_modules()
