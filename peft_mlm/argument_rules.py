@@ -331,10 +331,8 @@ def _check_data(values: Mapping[str, Any], given: Collection[str], for_training:
 
 def _check_not_supported(values: Mapping[str, Any]) -> list[str]:
     faults = []
-    if values.get("push_to_hub"):
-        faults.append(
-            "push_to_hub is not supported: train first, then upload the adapter folder with `hf upload`. Leave it out."
-        )
+    if values.get("push_to_hub") and not values.get("hub_model_id"):
+        faults.append("push_to_hub needs a repository: give hub_model_id as OWNER/NAME.")
     if values.get("do_predict"):
         faults.append("do_predict is not supported: leave it out, and use `peft-mlm evaluate` or `peft-mlm fill-mask`.")
     for first, second in (("fp16", "bf16"), ("fp16_full_eval", "bf16_full_eval")):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,43 @@ class Upload:
     shipped: Shipped
     files: tuple[Path, ...]
     left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where an upload goes.
+
+    Attributes:
+        repo_id: The repository, such as "org/name".
+        private: Whether it must be private.
+        revision: Branch to write to; the main one if None.
+        token: The token, or None for the one of the environment or of `hf auth login`.
+    """
+
+    repo_id: str
+    private: bool = False
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+
+
+def destination_of(training: Mapping[str, Any], token: str | None) -> Destination | None:
+    """Find out where a run is to be uploaded.
+
+    Args:
+        training: Its training arguments.
+        token: The token of its model arguments; `hub_token` goes before it.
+
+    Returns:
+        The destination, or None without `push_to_hub`.
+
+    Raises:
+        ArgumentsError: The name, or the branch, cannot be.
+    """
+    if not training.get("push_to_hub"):
+        return None
+    repo_id, revision = str(training.get("hub_model_id") or ""), training.get("hub_revision")
+    check_destination(repo_id, revision)
+    return Destination(repo_id, bool(training.get("hub_private_repo")), revision, training.get("hub_token") or token)
 
 
 def plan_upload(shipped: Shipped) -> Upload:
@@ -126,26 +163,38 @@ def check_connection(token: str | None) -> str:
     return found
 
 
-def upload(
-    plan: Upload,
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    token: str | None = None,
-) -> dict[str, Any]:
+def open_repository(destination: Destination) -> None:
+    """Make the repository and the branch if need be: a hub that refuses is found out before there is much to lose.
+
+    Args:
+        destination: Where to upload to.
+
+    Raises:
+        HubError: The hub is not reached, or refuses; or the repository is public and should be private.
+    """
+    from huggingface_hub import HfApi
+
+    repo_id, revision = destination.repo_id, destination.revision
+    api = HfApi(token=check_connection(destination.token))
+    with _told(repo_id):
+        api.create_repo(repo_id, private=destination.private or None, exist_ok=True)
+        if destination.private and not api.repo_info(repo_id).private:
+            raise HubError(
+                f"{repo_id} exists and is public; nothing was uploaded. Leave --private out, or make it private."
+            )
+        if revision not in (None, MAIN):
+            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+
+
+def upload(plan: Upload, destination: Destination, commit_message: str | None = None) -> dict[str, Any]:
     """Upload in one commit: the repository holds all of it afterwards, or what it held before.
 
     What an interrupted upload has sent already is not sent again by the next one.
 
     Args:
         plan: From `plan_upload`.
-        repo_id: Such as "org/name"; the repository is made if need be.
-        private: Whether it must be private.
-        revision: Branch to write to, made if need be; the main one if None.
+        destination: Where to; `open_repository` has made it.
         commit_message: What stands in the history.
-        token: The token, or None for the one of the environment or of `hf auth login`.
 
     Returns:
         `commit` and `url` of it.
@@ -155,21 +204,14 @@ def upload(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    api = HfApi(token=check_connection(token))
+    repo_id, folder = destination.repo_id, plan.shipped.folder
+    api = HfApi(token=check_connection(destination.token))
     message = commit_message or f"Upload {plan.shipped.kind} with peft-mlm"
     with _told(repo_id):
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if private and not api.repo_info(repo_id).private:
-            raise HubError(
-                f"{repo_id} exists and is public; nothing was uploaded. Leave --private out, or make it private."
-            )
-        if revision not in (None, MAIN):
-            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
         operations = [
-            CommitOperationAdd(file.relative_to(plan.shipped.folder).as_posix(), _content(file, repo_id))
-            for file in plan.files
+            CommitOperationAdd(file.relative_to(folder).as_posix(), _content(file, repo_id)) for file in plan.files
         ]
-        done = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+        done = api.create_commit(repo_id, operations, commit_message=message, revision=destination.revision)
     return {"commit": done.oid, "url": str(done.commit_url)}
 
 

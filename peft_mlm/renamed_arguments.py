@@ -62,7 +62,7 @@ class Refused:
 
 OldArgument = Renamed | Translated | Dropped | Refused
 
-_PUSH = "Nothing is pushed while training: train first, then upload the adapter folder with `hf upload`."
+_PUSH = "It is a part of hub_model_id now: give that as OWNER/NAME."
 _WHOLE_WORDS = "Whole-word masking is not in this version: leave it out."
 _PRECISION = "Mixed precision is PyTorch's own: leave it out and give bf16 or fp16."
 _NO_TPU = "Training on TPUs is not supported: leave it out."

@@ -85,6 +85,7 @@ def build_training_arguments(values: Mapping[str, Any], checkpoints: Path) -> Tr
         "disable_tqdm": True,  # its bar and its printed dicts are replaced by ours
         "label_names": ["labels"],
         "remove_unused_columns": False,  # the collator reads the lengths of documents, which no model takes
+        "push_to_hub": False,  # done once the run is finished, after a check of what goes up
     }
     if not torch.cuda.is_available():
         settings["dataloader_pin_memory"] = False  # torch warns at every data loader

@@ -198,7 +198,7 @@ def test_an_infinite_rate_is_told_to_be_finite():
         (BASE | {"output_dir": ""}, "output_dir is missing"),
         (BASE | {"do_train": False}, "do_train is false"),
         (BASE | {"do_predict": True}, "do_predict is not supported"),
-        (BASE | {"push_to_hub": True}, "push_to_hub is not supported"),
+        (BASE | {"push_to_hub": True}, "give hub_model_id as OWNER/NAME"),
         (BASE | {"fp16": True, "bf16": True}, "fp16 and bf16 are both true"),
         (BASE | {"fp16_full_eval": True, "bf16_full_eval": True}, "fp16_full_eval and bf16_full_eval are both true"),
         (BASE | {"dataloader_prefetch_factor": 2}, "needs dataloader_num_workers"),

@@ -43,7 +43,7 @@ def push(
         DamagedFileError: What lies there is damaged, or is not what was written.
         HubError: Something in it should not leave the machine, or the hub is not reached, or refuses.
     """
-    from peft_mlm.hub import check_connection, check_destination, plan_upload, upload
+    from peft_mlm.hub import Destination, check_connection, check_destination, open_repository, plan_upload, upload
     from peft_mlm.shipped import find_shipped
 
     check_destination(repo_id, revision)
@@ -67,8 +67,9 @@ def push(
     }
     if dry_run:
         return record
-    options = {"private": private, "revision": revision, "commit_message": commit_message, "token": token}
-    return record | upload(plan, repo_id, **options)  # type: ignore[arg-type]
+    destination = Destination(repo_id, private, revision, token)
+    open_repository(destination)
+    return record | upload(plan, destination, commit_message)
 
 
 def run(words: Sequence[str]) -> dict[str, Any]:

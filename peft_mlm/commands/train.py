@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from peft_mlm.config import Arguments, describe_help, read_arguments, write_arguments, write_sources
 from peft_mlm.console import bytes_text, is_first_process, print_table
+from peft_mlm.errors import HubError, PeftMlmError
+from peft_mlm.hub import Destination, destination_of, open_repository, plan_upload, upload
 from peft_mlm.model_checks import check_before_loading, check_training
 from peft_mlm.out_of_memory import memory_told
 from peft_mlm.run_folder import (
@@ -27,6 +29,7 @@ from peft_mlm.run_folder import (
     write_text,
 )
 from peft_mlm.settled_arguments import with_token_lists, with_whole_paths
+from peft_mlm.shipped import find_shipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,8 +114,11 @@ def _run(arguments: Arguments) -> TrainResult:
     run = RunFolder(Path(arguments.training["output_dir"]).expanduser())
     resume = arguments.training.get("resume_from_checkpoint")
     resume = None if resume in (None, False, "false") else str(resume)
+    destination = destination_of(arguments.training, arguments.model.token)
     if is_first_process():  # the others would see what it has begun to write
         check_output_dir(run.path, resume=resume is not None)
+        if destination is not None:
+            open_repository(destination)
     checkpoint = None if resume is None else find_checkpoint(run, resume)
     prepared = prepare(arguments, run, checkpoint)
     summary = _describe_run(prepared)
@@ -128,6 +134,8 @@ def _run(arguments: Arguments) -> TrainResult:
         if status == "interrupted":
             _tell([f"interrupted; go on with: peft-mlm train {run.arguments} --resume_from_checkpoint true"])
         raise
+    if destination is not None and is_first_process():
+        _push(run, destination, summary)
     return TrainResult(run.path, summary, prepared.model.eval(), prepared.base.tokenizer)
 
 
@@ -381,6 +389,17 @@ def _save(prepared: Prepared, summary: dict[str, Any]) -> None:
         summary |= {"saved_to": str(folder), "saved_bytes": folder_bytes(folder)}
         summary |= {} if prepared.arguments.peft is None else {"adapter_bytes": weights}
         write_json(run.summary, summary)
+
+
+def _push(run: RunFolder, destination: Destination, summary: dict[str, Any]) -> None:
+    """Upload what was trained; where that fails, the run is finished all the same."""
+    try:
+        done = upload(plan_upload(find_shipped(run.path)), destination)
+    except PeftMlmError as error:
+        later = f"The run is finished and saved; push it later by: peft-mlm push {run.path} {destination.repo_id}"
+        raise HubError(f"{error} {later}") from error
+    summary["pushed"] = {"repo_id": destination.repo_id, **done}
+    write_json(run.summary, summary)
 
 
 def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,8 @@ def test_the_merged_folder_is_a_plain_model_with_the_logits_of_the_adapter(
     report = peft_mlm.merge(str(trained_run), tmp_path / "merged")
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert names == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "merge_report.json"
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "merge_report.json",
+        "README.md", "checksums.json",
     }  # fmt: skip
     told = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
     assert told == {name: report[name] for name in KEYS - {"output_dir", "bytes"}}

@@ -29,6 +29,17 @@ time.sleep = lambda seconds: None
 from peft_mlm.cli import main
 sys.exit(main(sys.argv[1:]))
 """
+PUSH_AT_THE_END = """
+import sys, time
+from pathlib import Path
+from peft_mlm.commands.train import Destination, RunFolder, _push
+from peft_mlm.errors import HubError
+time.sleep = lambda seconds: None
+try:
+    _push(RunFolder(Path(sys.argv[1])), Destination(sys.argv[2]), {"status": "finished"})
+except HubError as error:
+    print(error)
+"""
 LOAD = """
 import sys, torch
 from peft import AutoPeftModel, PeftModel
@@ -44,10 +55,14 @@ with torch.no_grad():
 
 
 def push(hub: Hub, *words: object, token: str | None = "hf_writer", **environment: str) -> Answer:
+    return run(hub, "push", *words, token=token, **environment)
+
+
+def run(hub: Hub, *words: object, token: str | None = "hf_writer", **environment: str) -> Answer:
     env = {**hub.env, "PYTHONPATH": str(Path(peft_mlm.__file__).parent.parent), **environment}
     env |= {"HF_TOKEN": token} if token else {}
     done = subprocess.run(
-        [sys.executable, "-c", PUSH, "push", *map(str, words)], env=env, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", PUSH, *map(str, words)], env=env, capture_output=True, text=True, timeout=100
     )
     return Answer(done.returncode, done.stdout, done.stderr)
 
@@ -215,3 +230,42 @@ def test_a_pickle_is_refused_unopened(adapter: Path, tmp_path: Path, command: Co
 def test_push_is_a_function_too(adapter: Path) -> None:
     record: dict[str, Any] = peft_mlm.push(adapter, "org/a", dry_run=True)
     assert record["dry_run"] is True
+
+
+def test_a_run_with_push_to_hub_is_uploaded_when_it_is_finished(
+    base_folder: Path, text_file: Path, tmp_path: Path, open_hub: Hub
+) -> None:
+    words = ["train", "--model_name_or_path", base_folder, "--train_file", text_file, "--use_lora", "--max_steps", "2"]
+    words += ["--rows", "line", "--push_to_hub", "--hub_model_id"]
+    refused = run(open_hub, *words, "org/run", "--output_dir", tmp_path / "refused", token="hf_reader")
+    assert "has no right to write to org/run (403)" in refused.fault
+    assert not (tmp_path / "refused").exists()  # found before anything was trained
+    assert "is no name of a repository" in run(open_hub, *words, "run", "--output_dir", tmp_path / "refused").fault
+
+    record = run(open_hub, *words, "org/run", "--output_dir", tmp_path / "run", "--json").record
+    assert record["pushed"]["repo_id"] == "org/run"
+    assert record["pushed"]["commit"] == open_hub.repos["models", "org/run"].branches["main"]
+    there, folder = files_of(open_hub, "org/run"), tmp_path / "run" / "adapter"
+    assert set(there) - {".gitattributes"} == {file.name for file in folder.iterdir()}
+    assert there["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+    assert "hf_writer" not in "".join(
+        file.read_text(errors="replace") for file in (tmp_path / "run").rglob("*") if file.is_file()
+    )
+
+
+def test_a_run_that_cannot_be_uploaded_is_finished_and_pushed_later(
+    trained_run: Path, tmp_path: Path, open_hub: Hub
+) -> None:
+    copy = shutil.copytree(trained_run, tmp_path / "run")
+    open_hub.publish("models", "org/later", {})
+    open_hub.faults.append(Fault("commit", 500))
+    failed = subprocess.run(
+        [sys.executable, "-c", PUSH_AT_THE_END, str(copy), "org/later"],
+        env={**open_hub.env, "HF_TOKEN": "hf_writer", "PYTHONPATH": str(Path(peft_mlm.__file__).parent.parent)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "The hub failed (500)" in failed.stdout
+    open_hub.faults.clear()
+    assert json.loads((copy / "summary.json").read_text())["status"] == "finished"
+    assert run(open_hub, *failed.stdout.rpartition("peft-mlm ")[2].split()).code == 0
+    assert "adapter_model.safetensors" in files_of(open_hub, "org/later")
