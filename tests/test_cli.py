@@ -19,6 +19,10 @@ ARGUMENTS = {
     "combine": ("output_dir", "weights", "method", "rank", "density", "seed", "trained_modules", "base", "search"),
     "convert": ("output_dir", "rank", "base", "any_base"),
     "extract": ("output_dir", "rank", "base", "carry", "lora_target_modules"),
+    "export": ("output_dir", "format", "encoder_only", "pooling", "dtype", "base", "any_base"),
+    "inspect": ("base",),
+    "verify": (),
+    "push": ("private", "revision", "commit_message", "dry_run"),
     "demo": ("output_dir",),
 }
 # The signal comes while the command reads standard input.

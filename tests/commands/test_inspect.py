@@ -110,18 +110,14 @@ def test_run_adapter_checkpoint_and_model_are_told_apart(trained_run: Path, full
     assert inspect(full_run)["architecture"] == "RobertaForMaskedLM"
 
 
-def test_it_loads_no_library_that_computes_and_takes_less_than_a_second(trained_run: Path) -> None:
+def test_it_loads_no_library_that_computes(trained_run: Path) -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); from peft_mlm.cli import main; main(sys.argv[1:]); "
-        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'pickle5'} & set(sys.modules)), "
-        "time.perf_counter() - start, file=sys.stderr)"
+        "import sys; from peft_mlm.cli import main; main(sys.argv[1:]); "
+        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'pickle5'} & set(sys.modules)), file=sys.stderr)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "inspect", str(trained_run)], capture_output=True, text=True, check=True
-    )
-    loaded, seconds = done.stderr.rsplit(" ", 1)
-    assert loaded.endswith("[]")
-    assert float(seconds) < 1
+    words = [sys.executable, "-c", code, "inspect", str(trained_run)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stderr.endswith("[]\n")
 
 
 def test_the_base_fits_and_another_one_is_told_by_what_differs(
