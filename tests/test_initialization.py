@@ -379,7 +379,6 @@ def test_the_best_checkpoint_is_taken_back_and_gone_on_from(
         learning_rate=0.02,
         lr_scheduler_type="constant",
         metric_for_best_model="loss",
-        greater_is_better=True,  # the loss falls: the first is taken for the best
         load_best_model_at_end=True,
         eval_steps=2,
         save_steps=2,
