@@ -33,8 +33,8 @@ from peft_mlm.word_memo import Ids, Lengths, WordMemo, joined
 
 _TOKEN_FEATURES = Features({"input_ids": List(Value("int32"))})
 _BATCH_SIZE = 1000
-# Bytes of text that are worth a process of their own: a few seconds of work.
-_FAST_SHARE, _SLOW_SHARE = 2**26, 2**21
+# Bytes of text that are worth a process of their own: to start some takes two seconds.
+_FAST_SHARE, _SLOW_SHARE = 2**28, 2**22
 # What a tokenizer saves in its config that does not decide its ids here.
 _CONFIG = "tokenizer_config.json"
 _NO_MATTER = {"is_local", "local_files_only", "name_or_path", "model_max_length", "chat_template"}
