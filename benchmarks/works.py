@@ -212,7 +212,8 @@ def useful_flops(work: Work, tokens: float, length: float) -> float:
 
     config = AutoConfig.for_model(work.model_type, **work.sizes)
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    weights = layers * (4 * hidden**2 + 2 * hidden * config.intermediate_size)
+    matrices = 3 if work.model_type == "modernbert" else 2  # of the feed-forward part, which is gated there
+    weights = layers * (4 * hidden**2 + matrices * hidden * config.intermediate_size)
     head = 0.15 * (hidden**2 + hidden * work.vocab_size)
     return tokens * (4 * (weights + head) + 12 * layers * length * hidden)
 
@@ -248,6 +249,8 @@ class Training:
 
         class Clock(TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, *_: Any, **__: Any) -> None:
+                if trainer.args.device.type == "cuda":
+                    torch.cuda.synchronize()  # a GPU runs behind
                 ends.append(time.perf_counter())
 
         trainer.add_callback(Clock())

@@ -52,7 +52,10 @@ class ModelArguments:
     )
     dtype: Dtype = field(
         default="float32",
-        metadata={"help": "Type the base model's weights are held in; auto: as in the checkpoint."},
+        metadata={
+            "help": "Type the base model's weights are held in; auto: as in the checkpoint. With an adapter on a GPU "
+            "that has bfloat16: bfloat16, with bf16, where none of dtype, bf16 and fp16 is given."
+        },
     )
     attn_implementation: str | None = field(
         default=None,

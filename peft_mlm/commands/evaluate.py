@@ -61,9 +61,9 @@ def evaluate(
 
         find_files(read_arguments(config, flags, for_training=False).data.validation_file or ())
 
-    from peft_mlm import collator
-    from peft_mlm.corpus import build_corpus
+    from peft_mlm.corpus import build_collators, build_corpus
     from peft_mlm.data import load_text
+    from peft_mlm.fused_lora import fused_lora
     from peft_mlm.gathered_head import base_of, find_door
     from peft_mlm.loading import load_target, resolve_target, with_quantisation
     from peft_mlm.quantization import is_quantised
@@ -86,16 +86,11 @@ def evaluate(
     loaded = load_target(target, any_base=any_base)
     corpus = build_corpus(text, data, loaded.base.model, loaded.tokenizer)
     rows = corpus.rows["validation"]
-    masking = collator.from_tokenizer(
-        loaded.tokenizer,
-        mlm_probability=data.mlm_probability,
-        mask_replace_prob=data.mask_replace_prob,
-        random_replace_prob=data.random_replace_prob,
-        seed=data.eval_mask_seed,
-        fixed=True,
-    )
+    half = training.fp16 or training.bf16 or training.torch_compile
+    _, masking = build_collators(corpus, data, loaded.tokenizer, seed=training.seed, half_precision=half)
     model = loaded.model if is_quantised(loaded.model) else loaded.model.to(training.device)
-    with memory_told(arguments, training=False):
+    # In 16 bits figures depend on how rows are padded and in which order a layer sums: both as in training.
+    with memory_told(arguments, training=False), fused_lora(model):
         door = find_door(base_of(model))
         scores = scores_of(model, rows, masking, training, label="evaluating", door=door)
     return {

@@ -64,8 +64,7 @@ def test_evaluation_and_reload_follow_the_run_and_the_merge_is_exact(
     run, result = runs["bfloat16"]
     saved = yaml.safe_load((run / "arguments.yaml").read_text())
     assert (saved["dtype"], saved["bf16"]) == ("bfloat16", True)
-    loss = command("evaluate", run, "--json").record["loss"]
-    assert loss == pytest.approx(result.metrics["adapted"]["loss"], rel=1e-5)  # rows are padded otherwise
+    assert command("evaluate", run, "--json").record["loss"] == result.metrics["adapted"]["loss"]
     report = command("merge", run, "--output_dir", tmp_path / "merged", "--json").record
     assert report["max_abs_logit_diff"] < 1e-4
     merged = logits_at(AutoModelForMaskedLM.from_pretrained(tmp_path / "merged"), IDS)

@@ -186,16 +186,18 @@ def test_a_smaller_batch_divides_the_larger(rows: int, expected: tuple[int, int]
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_a_batch_that_is_too_large_is_found_out(
-    base_folder: Path, text_file: Path, held_out: Path, tmp_path: Path, caplog: Any
+    base_folder: Path, text_file: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """A real allocation fails: half a gigabyte of the GPU is all that this process may use."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(2**29 / total)
+    """A real allocation fails: each row of a batch asks for a tenth of the GPU's memory."""
+    plain, tenth = RobertaEncoder.forward, torch.cuda.get_device_properties(0).total_memory // 10
+
+    def forward(self: Any, hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if self.training:
+            torch.empty(hidden.shape[0] * tenth, dtype=torch.uint8, device=hidden.device)
+        return plain(self, hidden, *args, **options)
+
+    monkeypatch.setattr(RobertaEncoder, "forward", forward)
     caplog.set_level("INFO", "peft_mlm")
-    try:
-        changes = {"per_device_train_batch_size": 2**16, "auto_find_batch_size": True, "use_cpu": False}
-        given = arguments(base_folder, text_file, held_out, tmp_path / "run", **changes)
-        peft_mlm.train(given)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "Memory ran out" in caplog.text
+    changes = {"per_device_train_batch_size": 12, "auto_find_batch_size": True, "use_cpu": False}
+    peft_mlm.train(arguments(base_folder, text_file, held_out, tmp_path / "run", **changes))
+    assert "batches of 6 rows, 2 to a step" in caplog.text
