@@ -21,10 +21,11 @@ from peft_mlm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.adapters_together import (
     ONE_BY_ONE,
+    Contents,
     check_mixed,
     check_together,
     read_contents,
-    same_shapes,
+    swappable,
     takes_rows_first,
 )
 from peft_mlm.arguments import ModelArguments
@@ -60,7 +61,7 @@ class AdapterSet:
         # Name for the user -> PEFT's name. PEFT looks for its names within names of weights, and an adapter that is
         # replaced stays until the new one is there: so PEFT's are of our making, and none is part of another.
         self._inner: dict[str, str] = {}
-        self._folders: dict[str, Path] = {}
+        self._contents: dict[str, Contents] = {}
         self._count = 0
         self._active: str | None = None
         self._batch_first: bool | None = None
@@ -162,9 +163,7 @@ class AdapterSet:
         """
         if not name or name in self._inner:
             raise AdapterError(f"There is an adapter named {name!r} already: take another name, or replace it.")
-        target = _target_of(name_or_path, None)
-        self._check_new(name, target, any_base=any_base, beside=self._folders)
-        self._put_on(name, _folder_of(target))
+        self._put_on(name, self._check_new(name, name_or_path, any_base=any_base, beside=self._contents))
 
     def replace(self, name: str, name_or_path: str, *, any_base: bool = False) -> None:
         """Put another adapter in the place of one; the base stays, and a mistake leaves the old one there.
@@ -178,17 +177,15 @@ class AdapterSet:
             AdapterError: There is no adapter of that name, or the new one does not fit.
         """
         old, was_active = self._known(name), self._active
-        beside = {other: folder for other, folder in self._folders.items() if other != name}
-        target = _target_of(name_or_path, None)
-        self._check_new(name, target, any_base=any_base, beside=beside)
-        folder = _folder_of(target)
-        if same_shapes(self._folders[name], folder):
+        beside = {other: contents for other, contents in self._contents.items() if other != name}
+        new = self._check_new(name, name_or_path, any_base=any_base, beside=beside)
+        if swappable(self._contents[name], new):
             self.use(name)  # PEFT compares the new config with that of the adapter in use
-            hotswap_adapter(self.model, str(folder), old, torch_device=str(self.model.device))
-            self.model.peft_config[old].lora_alpha = read_contents(folder).config["lora_alpha"]
-            self._folders[name] = folder
+            hotswap_adapter(self.model, str(new.folder), old, torch_device=str(self.model.device))
+            self.model.peft_config[old].lora_alpha = new.config["lora_alpha"]
+            self._contents[name] = new
         else:
-            self._put_on(name, folder)
+            self._put_on(name, new)
             self.use(name)  # PEFT wants another one active where the active one goes
             self.model.delete_adapter(old)
         self.use(was_active)
@@ -209,7 +206,7 @@ class AdapterSet:
         if self._active in (name, None):  # PEFT wants another one active where the active one goes
             self.use(next(other for other in self._inner if other != name))
         self.model.delete_adapter(inner)
-        del self._inner[name], self._folders[name]
+        del self._inner[name], self._contents[name]
         self._batch_first = None
         self.use(active)
 
@@ -218,31 +215,39 @@ class AdapterSet:
             raise AdapterError(f"There is no adapter {name!r} here. Adapters: {', '.join(self._inner)}.")
         return self._inner[name]
 
-    def _check_new(self, name: str, target: Target, *, any_base: bool, beside: Mapping[str, Path]) -> None:
-        folder = _folder_of(target)
-        contents = read_contents(folder)
-        if target.base.model_name_or_path != self.base.name_or_path and not any_base:
-            _check_told(name, folder, target.base.model_name_or_path, self.base.name_or_path)
-        check_together({**{other: read_contents(path) for other, path in beside.items()}, name: contents})
-        if base_recipe(_arguments_of(target)) != base_recipe(_recipe_of(self._folders)):
+    def _check_new(self, name: str, path: str, *, any_base: bool, beside: Mapping[str, Contents]) -> Contents:
+        target = _target_of(path, None)
+        new = read_contents(_folder_of(target))
+        named = target.base.model_name_or_path
+        if named != self.base.name_or_path and not any_base:
+            _check_told(name, new.folder, named, self.base.name_or_path)
+        check_together({**beside, name: new})
+        others = with_base_recipe(ModelArguments(), next(iter(self._contents.values())).folder)
+        if base_recipe(_arguments_of(target)) != base_recipe(others):
             raise AdapterError(f"The base of {name} was prepared in another way ({_RECIPE}) than that of the others.")
-        _check_vocabulary(name, folder, self.tokenizer, self.base)
-        check_base(folder, self.base, any_base=any_base)
+        _check_vocabulary(name, new.folder, self.tokenizer, self.base)
+        check_base(new.folder, self.base, any_base=any_base)
         if self._outline is not None:
             rows = self.base.model.get_input_embeddings().weight.shape[0]
-            check_adapter_fits(folder, ADAPTER_WEIGHTS, contents.config, self._outline, rows=rows)
+            check_adapter_fits(new.folder, ADAPTER_WEIGHTS, new.config, self._outline, rows=rows)
+        return new
 
-    def _put_on(self, name: str, folder: Path) -> None:
+    def _put_on(self, name: str, new: Contents) -> None:
         inner = f"adapter_{self._count:06d}"
-        start: Any = self.base.model if self._model is None else self._model
-        self._model = load_adapter(start, folder, name=inner, outline=self._outline).eval()
         self._count += 1
-        self._inner[name], self._folders[name] = inner, folder
+        start: Any = self.base.model if self._model is None else self._model
+        try:
+            self._model = load_adapter(start, new.folder, name=inner, outline=self._outline).eval()
+        except AdapterError:
+            if self._model is not None and inner in self._model.peft_config:
+                self._model.delete_adapter(inner)
+            raise
+        self._inner[name], self._contents[name] = inner, new
         self._batch_first = None
         self.use(self._active)
 
     def _check_mixed(self) -> None:
-        check_mixed({name: read_contents(folder) for name, folder in self._folders.items()})
+        check_mixed(self._contents)
         if self._batch_first is None:
             self._batch_first = takes_rows_first(self.model)
         if not self._batch_first:
@@ -322,8 +327,9 @@ def load_adapters(
         kind = "a run" if is_run_folder(Path(base)) else "an adapter"
         raise ModelError(f"{base} is no base model but {kind}. Give the base itself, or the adapters alone.")
     targets = {name: _target_of(path, base) for name, path in given.items()}
-    folders = {name: _folder_of(target) for name, target in targets.items()}
-    check_together({name: read_contents(folder) for name, folder in folders.items()})
+    contents = {name: read_contents(_folder_of(target)) for name, target in targets.items()}
+    check_together(contents)
+    folders = {name: adapter.folder for name, adapter in contents.items()}
     first = next(iter(targets))
     arguments = _arguments_of(targets[first])
     for name, target in targets.items():
@@ -343,8 +349,8 @@ def load_adapters(
     for name, folder in folders.items():
         _check_vocabulary(name, folder, loaded.tokenizer, loaded)
         check_base(folder, loaded, any_base=any_base)
-    for name, folder in folders.items():
-        made._put_on(name, folder)
+    for name, adapter in contents.items():
+        made._put_on(name, adapter)
     made.use(first)
     return made
 
@@ -401,7 +407,3 @@ def _arguments_of(target: Target) -> ModelArguments:
     """How to load the base, with its own tokenizer."""
     arguments = with_base_recipe(target.base, _folder_of(target))
     return replace(arguments, tokenizer_name=None, add_tokens=None, add_special_tokens=None)
-
-
-def _recipe_of(folders: Mapping[str, Path]) -> ModelArguments:
-    return with_base_recipe(ModelArguments(), next(iter(folders.values())))

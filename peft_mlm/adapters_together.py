@@ -29,6 +29,11 @@ ONE_BY_ONE = "Switch with use(name), and compute the rows of each adapter by the
 
 # What of a LoRA config says nothing about the kind and the sizes of its layers.
 MAY_DIFFER = ("lora_alpha", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+# What PEFT's hot-swap minds. With patterns of ranks or alphas, and with variants of LoRA, it gives other numbers.
+SWAPPED_RIGHT = (
+    *MAY_DIFFER, "peft_type", "task_type", "r", "use_rslora", "lora_bias", "lora_dropout", "bias", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,14 @@ class Contents:
     """What lies in an adapter's folder.
 
     Attributes:
+        folder: The folder.
         config: Its `adapter_config.json`.
-        tensors: Names of its weights.
+        shapes: Sizes of its weights, by name.
     """
 
+    folder: Path
     config: Mapping[str, Any]
-    tensors: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 def read_contents(folder: Path) -> Contents:
@@ -51,7 +58,7 @@ def read_contents(folder: Path) -> Contents:
         folder: The adapter's folder.
 
     Returns:
-        Its config, and the names of its weights.
+        Its config, and the names and sizes of its weights.
 
     Raises:
         AdapterError: Something is missing or damaged.
@@ -59,9 +66,10 @@ def read_contents(folder: Path) -> Contents:
     config = check_adapter_folder(folder)
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
-            return Contents(config, tuple(weights.keys()))
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise AdapterError(f"{folder / ADAPTER_WEIGHTS} cannot be read ({error}). Take it from its source.") from error
+    return Contents(folder, config, shapes)
 
 
 def check_together(adapters: Mapping[str, Contents]) -> None:
@@ -140,7 +148,7 @@ def _check_nested(adapters: Mapping[str, Contents]) -> None:
     for name, modules in copies.items():
         for other, adapter in adapters.items():
             foreign = [module for module in modules if module not in copies[other]]
-            inside = [(m, tensor) for m in foreign for tensor in adapter.tensors if f".{m}." in f".{tensor}"]
+            inside = [(m, tensor) for m in foreign for tensor in adapter.shapes if f".{m}." in f".{tensor}"]
             if inside:
                 module, tensor = inside[0]
                 raise AdapterError(
@@ -149,28 +157,23 @@ def _check_nested(adapters: Mapping[str, Contents]) -> None:
                 )
 
 
-def same_shapes(one: Path, other: Path) -> bool:
+def swappable(one: Contents, other: Contents) -> bool:
     """Tell whether the numbers of one LoRA adapter can be put in the place of another's, matrix by matrix.
 
     PEFT's hot-swap takes adapters of other ranks too, but fills the rest with zeros, so that sums are made in another
-    order, and leaves the old config on them.
+    order, and leaves the old config on them; variants of LoRA it swaps wrong, or not.
 
     Args:
-        one: Folder of an adapter.
-        other: Folder of another.
+        one: An adapter.
+        other: Another.
 
     Returns:
         True for two LoRA adapters that differ in numbers and in `lora_alpha` alone.
     """
-    contents = [read_contents(folder) for folder in (one, other)]
-    told = [{k: v for k, v in c.config.items() if k not in MAY_DIFFER} for c in contents]
-    if told[0] != told[1] or told[0]["peft_type"] != "LORA":
-        return False
-    shapes = []
-    for folder in (one, other):
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
-            shapes.append({name: weights.get_slice(name).get_shape() for name in weights.keys()})  # noqa: SIM118
-    return shapes[0] == shapes[1] and all(".lora_" in name for name in shapes[0])
+    told = [{k: v for k, v in c.config.items() if k not in MAY_DIFFER} for c in (one, other)]
+    alike = told[0] == told[1] and one.shapes == other.shapes
+    plain = told[0]["peft_type"] == "LORA" and not any(v for k, v in told[0].items() if k not in SWAPPED_RIGHT)
+    return alike and plain
 
 
 def takes_rows_first(model: PeftModel) -> bool:

@@ -142,6 +142,21 @@ def test_one_is_replaced_by_one_of_its_kind_and_another_alpha(
     assert json.loads(saved.read_text())["lora_alpha"] == 48
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"rank_pattern": {"query": 4}}, {"alpha_pattern": {"query": 64}}, {"use_dora": True}, {"use_rslora": True}],
+    ids=str,
+)
+def test_one_of_its_kind_in_its_place_computes_what_it_computes_alone(
+    base_folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """PEFT's own swap gives other numbers with patterns, and fails with DoRA."""
+    old, new = (make(base_folder, tmp_path / str(seed), seed, **options) for seed in (1, 2))
+    together = load_adapters({"one": old}, base=str(base_folder))
+    together.replace("one", new)
+    assert torch.equal(logits_at(together.model, IDS), alone(new))
+
+
 def test_a_refused_replacement_leaves_the_old_one(
     together: AdapterSet, paths: dict[str, str], base_folder: Path, other_base: Path, tmp_path: Path
 ) -> None:
