@@ -88,17 +88,26 @@ def _other_modules(
         if not name.startswith(WRAPPED):
             continue  # what a method shares between all layers
         path, rest = _split(name.removeprefix(WRAPPED), modules)
+        if "base_layer" in rest:  # the layer's own, such as a bias that is trained with all others
+            rest = rest[rest.index("base_layer") + 1 :]
         module = modules[path]
         known = rest[0] in module._parameters or rest[0].startswith(prefix)
         if not known and any(module.children()):
             return f"it changes {name.removeprefix(WRAPPED)}, and the base has no such module"
-        wanted = _wanted(rest, module, rows if module in of_vocabulary else 0)
+        per_token = module in of_vocabulary or _is_lone_bias(module, of_vocabulary[0])
+        wanted = _wanted(rest, module, rows if per_token else 0)
         wrong = [(i, size) for i, size in wanted.items() if size is not None and (i >= len(shape) or shape[i] != size)]
         if wrong:
             i, size = wrong[0]
             has = shape[i] if i < len(shape) else "none"
             return f"{name.removeprefix(WRAPPED)} is for a layer of size {has}, the base has {size}"
     return ""
+
+
+def _is_lone_bias(module: nn.Module, embeddings: Any) -> bool:
+    """Tell whether a module holds nothing of its own but a bias per token, beside the decoder."""
+    bias = module._parameters.get("bias")
+    return bias is not None and "weight" not in module._parameters and len(bias) == len(embeddings.weight)
 
 
 def _split(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, list[str]]:

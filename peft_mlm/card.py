@@ -102,7 +102,9 @@ def _figures(facts: Mapping[str, Any]) -> list[str]:
     rows = [("base", base)] if base is not None else []
     lines = ["", "| held-out text | perplexity | masked accuracy |", "| --- | --- | --- |"]
     for name, scores in [*rows, ("this " + facts["kind"], adapted)]:
-        lines.append(f"| {name} | {scores['perplexity']:.4g} | {scores['accuracy']:.4f} |")
+        perplexity, accuracy = scores["perplexity"], scores["accuracy"]  # null in a record: no number
+        told = ["-" if perplexity is None else f"{perplexity:.4g}", "-" if accuracy is None else f"{accuracy:.4f}"]
+        lines.append(f"| {name} | {' | '.join(told)} |")
     return [*lines, "", f"Over {adapted['masked_tokens']:,} masked tokens, the same ones for each line."]
 
 

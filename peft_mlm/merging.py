@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_mlm.console import quiet_transformers
@@ -160,6 +161,10 @@ def built_merge(model: PeftModel, dtype: str) -> Callable[[Path], None]:
             merged = cast(PreTrainedModel, model.merge_and_unload(safe_merge=True))
         except (NotImplementedError, ValueError, AttributeError) as error:
             raise MergeError(f"This adapter cannot be merged into its base: {error}") from error
+        for name, wrapper in list(merged.named_modules()):
+            if isinstance(wrapper, ModulesToSaveWrapper):  # PEFT's LN tuning leaves them in (0.21.2)
+                whole = wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+                merged.set_submodule(name, whole)
         if not was_tied:
             merged.config.tie_word_embeddings = ties  # PEFT takes a decoder never tied (LUKE's) for one cut loose
         merged.to(dtype=DTYPES[dtype])

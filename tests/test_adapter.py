@@ -20,6 +20,7 @@ from peft_mlm.adapter import (
 from peft_mlm.arguments import ModelArguments, PEFTArguments
 from peft_mlm.errors import AdapterError, MergeError
 from peft_mlm.heads import plan_fresh_head, tied_parameters, untied_modules
+from peft_mlm.loading import load
 from peft_mlm.merging import is_tied, merge_adapter
 from peft_mlm.model import load_base
 from peft_mlm.targets import encoder_linears
@@ -234,3 +235,29 @@ def test_a_merge_beyond_what_float16_holds_is_refused_and_leaves_nothing(tmp_pat
     with pytest.raises(MergeError, match="not finite in float16"):
         merge_adapter(adapted, letter_tokenizer(), tmp_path / "merged", dtype="float16")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_trained_beside_ln_tuning_is_merged_with_it(tmp_path: Path) -> None:
+    base = tiny_model("bert")
+    arguments = PEFTArguments(peft_method="ln_tuning", modules_to_save=["cls.predictions.transform"])
+    model = wrap(base, plan_adapter(base, arguments))
+    perturb(model)
+    expected = logits(model)
+    merge_adapter(model, letter_tokenizer(), tmp_path / "merged")
+    merged = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
+    assert difference(logits(merged), expected) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_trained_biases_beside_new_tokens_are_loaded_as_trained(model_type: str, tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "base", model_type)
+    arguments = ModelArguments(model_name_or_path=str(folder), add_tokens=["heavy", "light"])
+    loaded = load_base(arguments)
+    options = PEFTArguments(use_lora=True, peft_config={"bias": "all"})
+    plan = plan_adapter(loaded.model, options, new_token_ids=loaded.new_token_ids)
+    model = wrap(loaded.model, plan)
+    perturb(model)
+    expected = logits(model)
+    save_adapter(model, tmp_path / "adapter", base_name=str(folder), tokenizer=loaded.tokenizer)
+    again = load(str(tmp_path / "adapter"), any_base=True).model
+    assert difference(logits(again), expected) < 1e-5

@@ -197,3 +197,9 @@ def test_the_lines_for_new_tokens_are_as_few_as_the_model_type_allows() -> None:
     esm = code_of(render_card({**FACTS, "new_tokens": 2, "growth_code": more}))
     assert "\n".join(["", *more, ""]) in esm
     assert esm.startswith("import torch\n")
+
+
+def test_figures_that_are_no_numbers_are_left_open() -> None:
+    """A record holds null where no token was masked, or a perplexity is beyond a float."""
+    none = {"perplexity": None, "accuracy": None, "masked_tokens": 0}
+    assert "| this adapter | - | - |" in render_card({**FACTS, "base": None, "adapted": none})
