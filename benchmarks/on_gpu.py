@@ -60,11 +60,11 @@ def build(work: Work, variant: str, length: int, values: dict[str, Any], folder:
     from datasets import Dataset
     from transformers import AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig
 
+    options: dict[str, Any] = {}
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = np.random.default_rng(0).integers(1000, 30_000, size=(64 * work.batch, length)).astype(np.int32)
     rows = Dataset.from_dict({"input_ids": list(ids)})
     if variant == "baseline":
-        options: dict[str, Any] = {}
         if nf4:
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
@@ -74,11 +74,8 @@ def build(work: Work, variant: str, length: int, values: dict[str, Any], folder:
     from peft_mlm.arguments import ModelArguments
     from peft_mlm.model import load_base
 
-    arguments = ModelArguments(
-        model_name_or_path=str(folder), dtype="bfloat16", load_in_4bit=nf4, bnb_4bit_compute_dtype="bfloat16"
-    )
-    if not nf4:
-        arguments.bnb_4bit_compute_dtype = ModelArguments().bnb_4bit_compute_dtype
+    options = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"} if nf4 else {}
+    arguments = ModelArguments(model_name_or_path=str(folder), dtype="bfloat16", **options)
     return our_trainer(load_base(arguments).model, tokenizer, rows, values, dropout=False, by_length=False)
 
 

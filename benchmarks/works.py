@@ -169,7 +169,9 @@ def our_trainer(
     from peft_mlm.arguments import PEFTArguments
     from peft_mlm.dropout import turn_off_dropout
     from peft_mlm.run_folder import RunFolder
-    from peft_mlm.trainer import MaskedLMTrainer, build_training_arguments, saver
+    from peft_mlm.saving import saver
+    from peft_mlm.trainer import MaskedLMTrainer
+    from peft_mlm.training_arguments import build_training_arguments
 
     folder = Path(values["output_dir"])
     if by_length:

@@ -12,11 +12,11 @@ import shutil
 
 import torch
 import torch._dynamo
-from torch import nn
 from transformers import PreTrainedModel
 
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.gathered_head import Door
+from peft_mlm.heads import encoder_layers
 
 # Graphs of one layer's code before it runs uncompiled: its kinds (local and global attention, first layer, training and
 # evaluation) times its shapes (the first, one with other lengths, one with other numbers of rows, a single row).
@@ -46,26 +46,6 @@ def compile_layers(base: PreTrainedModel, door: Door | None, *, backend: str, mo
     for layer in layers.values():
         layer.compile(backend=backend, mode=mode)
     return len(layers)
-
-
-def encoder_layers(base: PreTrainedModel) -> dict[str, nn.Module]:
-    """Name the layers of an encoder.
-
-    Args:
-        base: The masked LM.
-
-    Returns:
-        The members of its longest list of modules by full name, in their order; empty where it has none.
-    """
-    lists = {
-        name: module
-        for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and name.startswith(f"{base.base_model_prefix}.")
-    }
-    if not lists:
-        return {}
-    name = max(lists, key=lambda one: (len(lists[one]), sum(p.numel() for p in lists[one].parameters())))
-    return {f"{name}.{number}": layer for number, layer in enumerate(lists[name])}
 
 
 def _within(door: Door, layer: str) -> bool:

@@ -168,6 +168,20 @@ def cell(value: Any) -> str:
     return str(value)
 
 
+def few_names(names: Sequence[str], shown: int = 5) -> str:
+    """Write names in a row, the first few of many.
+
+    Args:
+        names: All of them.
+        shown: How many are written out. Default 5.
+
+    Returns:
+        Such as "a, b and 3 more".
+    """
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
 def bytes_text(count: int) -> str:
     """Say a number of bytes.
 

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_mlm.console import few_names
 from peft_mlm.deltas import Change
 from peft_mlm.errors import AdapterError
 from peft_mlm.low_rank import Loss, truncate_dense
@@ -82,8 +83,7 @@ def check_same_make(base: nn.Module, other: nn.Module) -> None:
     odd += [name for name in mine.keys() & theirs.keys() if mine[name].shape != theirs[name].shape]
     if odd:
         raise AdapterError(
-            f"The two models are not of one make: {', '.join(odd[:3])}"
-            f"{f' and {len(odd) - 3} more' if len(odd) > 3 else ''} are not in both, or of other shapes."
+            f"The two models are not of one make: {few_names(odd, 3)} are not in both, or of other shapes."
         )
 
 

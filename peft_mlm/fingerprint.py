@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from peft_mlm.console import few_names
 from peft_mlm.errors import AdapterError
 from peft_mlm.run_folder import write_json
 
@@ -162,8 +163,7 @@ def _common(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 def _tell(what: str, names: Sequence[str], of: Collection[str]) -> list[str]:
     if not names:
         return []
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return [f"{what} of {len(names)} of {len(of)} tensors ({', '.join(names[:NAMES_SHOWN])}{more})"]
+    return [f"{what} of {len(names)} of {len(of)} tensors ({few_names(names, NAMES_SHOWN)})"]
 
 
 def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

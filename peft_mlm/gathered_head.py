@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from peft_mlm.collator import IGNORE_INDEX
 from peft_mlm.document_attention import documents_apart
+from peft_mlm.heads import encoder_layers
 from peft_mlm.probing import evaluating, probe_inputs
 
 # Logits beyond this are computed in pieces, each thrown away and computed again for its gradient.
@@ -95,20 +96,12 @@ def _receiver_of_hidden_state(model: nn.Module, inputs: Mapping[str, torch.Tenso
 
 def _parts_of_last_layer(base: PreTrainedModel) -> list[str]:
     """Name the parts of the encoder's last layer, in the order in which they are written down."""
-    stacks = [
-        (name, module)
-        for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList) and name.startswith(base.base_model_prefix) and len(module)
-    ]
-    if not stacks:
+    layers = list(encoder_layers(base).items())
+    if not layers:
         return []
-    name, stack = max(stacks, key=lambda one: len(one[1]))
-    last = f"{name}.{len(stack) - 1}"
-    return [
-        f"{last}.{part}"
-        for part, module in stack[-1].named_children()
-        if not isinstance(module, (nn.Dropout, nn.ModuleList))
-    ]
+    name, last = layers[-1]
+    never = (nn.Dropout, nn.ModuleList)
+    return [f"{name}.{part}" for part, module in last.named_children() if not isinstance(module, never)]
 
 
 def base_of(model: Any) -> PreTrainedModel:

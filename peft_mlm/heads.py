@@ -114,3 +114,23 @@ def plan_fresh_head(model: PreTrainedModel, fresh_parameters: Iterable[str]) -> 
                 "weights, so that an adapter cannot ship it. Train the whole model instead (without --use_lora)."
             )
     return FreshHead(tuple(sorted(modules)), tuple(left))
+
+
+def encoder_layers(base: PreTrainedModel) -> dict[str, nn.Module]:
+    """Name the layers of an encoder.
+
+    Args:
+        base: The masked LM.
+
+    Returns:
+        The members of its longest list of modules by full name, in their order; empty where it has none.
+    """
+    lists = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and name.startswith(f"{base.base_model_prefix}.")
+    }
+    if not lists:
+        return {}
+    name = max(lists, key=lambda one: (len(lists[one]), sum(p.numel() for p in lists[one].parameters())))
+    return {f"{name}.{number}": layer for number, layer in enumerate(lists[name])}

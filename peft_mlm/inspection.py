@@ -11,6 +11,7 @@ from typing import Any
 
 from peft_mlm.adapter_norms import LayerNorms, layer_norms, split_name
 from peft_mlm.checksums import CHECKSUMS
+from peft_mlm.console import few_names
 from peft_mlm.errors import DamagedFileError, PeftMlmError
 from peft_mlm.fingerprint import read_fingerprint
 from peft_mlm.leaks import find_leaks
@@ -34,7 +35,6 @@ ALWAYS = (
     "inference_mode",
 )
 OF_TRAINING = ("tokenizer", "masking", "data")
-NAMES_SHOWN = 5
 
 
 def inspect_shipped(shipped: Shipped) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def _warnings(
     told = []
     pickles = [file.relative_to(shipped.folder).as_posix() for file in files_in(shipped.folder) if is_pickle(file)]
     if pickles:
-        told.append(f"pickles, which can run code when they are opened and were not read: {_few(pickles)}")
+        told.append(f"pickles, which can run code when they are opened and were not read: {few_names(pickles)}")
     told += [str(leak) for leak in find_leaks(shipped.folder)]
     if config.get("auto_map") or any(file.suffix == ".py" for file in files_in(shipped.folder)):
         told.append("it brings code of its own, which is run only with --trust_remote_code")
@@ -249,7 +249,7 @@ def _config_warnings(config: Mapping[str, Any], record: Mapping[str, Any]) -> li
     known = {*method_options(method), *ALWAYS}
     unknown = [ascii(key)[1:-1][:60] for key in config if key not in known]
     if unknown:
-        told.append(f"adapter_config.json has keys that the installed PEFT does not know: {_few(unknown)}")
+        told.append(f"adapter_config.json has keys that the installed PEFT does not know: {few_names(unknown)}")
     if not record["base"]["name"]:
         told.append("adapter_config.json does not name the base")
     if not record["base"]["fingerprint_tensors"]:
@@ -269,7 +269,7 @@ def _value_warnings(headers: list[Header], record: Mapping[str, Any]) -> list[st
         if not any(deltas) and not any(others):
             return ["every change it makes is zero: it leaves the base as it is"]
         if unknown := [layer["name"] for layer in record["layers"] if layer["rank"] and layer["scaling"] is None]:
-            return [f"the scaling of {len(unknown)} layers is not known ({_few(unknown)}): see alpha_pattern"]
+            return [f"the scaling of {len(unknown)} layers is not known ({few_names(unknown)}): see alpha_pattern"]
     return []
 
 
@@ -303,11 +303,6 @@ def _optional(file: Path) -> dict[str, Any] | None:
 def _pickle_remark(folder: Path) -> str:
     found = [file.name for file in files_in(folder) if file.suffix.lower() in PICKLES]
     return f" ({found[0]} is a pickle, which can run code when it is opened)" if found else ""
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 def largest_changes(record: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:

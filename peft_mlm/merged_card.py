@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from peft_mlm.card import render_card
 from peft_mlm.checksums import write_checksums
 from peft_mlm.inspection import inspect_shipped
-from peft_mlm.run_folder import PACKAGES, write_text
+from peft_mlm.run_folder import describe_environment, write_text
 from peft_mlm.safetensors_header import read_header, weight_files
 from peft_mlm.shipped import find_shipped
 
@@ -34,7 +33,7 @@ def _facts(folder: Path, adapter: Path, report: Mapping[str, Any]) -> dict[str, 
     base, training = record["base"], record["training"] or {}
     data, masking = base["data"] or {}, base["masking"] or {}
     train = data.get("train") or {}
-    rank = record["rank"]
+    rank, versions = record["rank"], describe_environment("")["versions"]
     sizes = (
         f", rank {rank}" + (f", alpha {record['alpha']:g}" if record["alpha"] else "") if isinstance(rank, int) else ""
     )
@@ -64,12 +63,5 @@ def _facts(folder: Path, adapter: Path, report: Mapping[str, Any]) -> dict[str, 
         "untied": False,
         "quantisation": None,
         "base_recipe": {},
-        "versions": {name: _version(name) for name in PACKAGES if name in SHOWN_VERSIONS},
+        "versions": {name: versions[name] for name in SHOWN_VERSIONS},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -9,9 +9,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from peft_mlm import collator
 from peft_mlm.config import Arguments, read_arguments
-from peft_mlm.corpus import build_corpus
+from peft_mlm.corpus import build_collators, build_corpus
 from peft_mlm.data import load_text
 from peft_mlm.errors import DataError
 from peft_mlm.loading import Loaded
@@ -57,14 +56,7 @@ def _text(loaded: Loaded, arguments: Arguments) -> tuple[list[Batch], dict[str, 
     text = load_text(data, cache_dir=model.cache_dir, token=model.token, splits=("validation",))
     corpus = build_corpus(text, data, loaded.base.model, loaded.tokenizer)
     rows = corpus.rows["validation"]
-    masking = collator.from_tokenizer(
-        loaded.tokenizer,
-        mlm_probability=data.mlm_probability,
-        mask_replace_prob=data.mask_replace_prob,
-        random_replace_prob=data.random_replace_prob,
-        seed=data.eval_mask_seed,
-        fixed=True,
-    )
+    _, masking = build_collators(corpus, data, loaded.tokenizer, seed=0, half_precision=False)
     listed = [{"input_ids": ids} for ids in rows["input_ids"]]
     batches: list[Batch] = [masking(listed[start : start + BATCH_ROWS]) for start in range(0, len(listed), BATCH_ROWS)]
     return batches, {"rows": len(listed), "fingerprint": corpus.facts["validation"]["fingerprint"]}

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from peft_mlm.errors import ModelError
+from peft_mlm.errors import DamagedFileError, ModelError
+from peft_mlm.safetensors_header import read_header
 
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -83,26 +83,13 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
         ModelError: It is damaged.
     """
     try:
-        with safe_open(file, framework="pt"):  # the library checks the header
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file.name} cannot be read as safetensors: {error}. Get the file again.") from error
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    found = [
-        StoredTensor(
-            name=name,
-            dtype=row["dtype"],
-            shape=tuple(row["shape"]),
-            file=file,
-            start=8 + length + row["data_offsets"][0],
-            size=row["data_offsets"][1] - row["data_offsets"][0],
-        )
-        for name, row in header.items()
+        header = read_header(file)
+    except DamagedFileError as error:
+        raise ModelError(f"{file.name} cannot be read as safetensors: {error} Get the file again.") from error
+    return [
+        StoredTensor(name, entry.dtype, entry.shape, file, header.data_start + entry.start, entry.stop - entry.start)
+        for name, entry in header.tensors.items()
     ]
-    return sorted(found, key=lambda tensor: tensor.start)
 
 
 def read_tensor(tensor: StoredTensor) -> torch.Tensor:

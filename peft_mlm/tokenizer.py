@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from transformers import AddedToken, PreTrainedTokenizerBase
 
+from peft_mlm.console import few_names
 from peft_mlm.errors import ModelError
 
 SHOWN = 8
@@ -65,7 +66,7 @@ def add_tokens(
     """
     both = [token for token in tokens if token in special_tokens]
     if both:
-        raise ModelError(f"{_list(both)}: given as an ordinary and as a special token. Leave it out of one.")
+        raise ModelError(f"{few_names(both, SHOWN)}: given as an ordinary and as a special token. Leave it out of one.")
     reading = read_reading(tokenizer)
     known = tokenizer.get_vocab()
     notices: list[str] = []
@@ -74,7 +75,8 @@ def add_tokens(
     tokenizer.add_tokens([_ordinary(token, reading, whole_words=whole_words) for token in new])
     marked = [token for token in special_tokens if token in known]
     if marked:
-        notices.append(f"{_list(marked)}: in the vocabulary already; special from now on, with the row it has.")
+        told = few_names(marked, SHOWN)
+        notices.append(f"{told}: in the vocabulary already; special from now on, with the row it has.")
     if special_tokens:
         flags = {"special": True, "normalized": False, "lstrip": reading.space_is_token}
         extra = [AddedToken(token, **flags) for token in special_tokens if token not in tokenizer.all_special_tokens]
@@ -125,7 +127,8 @@ def _new_tokens(
     pieces = [token for token in tokens if token.startswith(tuple(marks)) and token not in vocabulary]
     if pieces:
         raise ModelError(
-            f"{_list(pieces)}: this is how the vocabulary writes pieces of words, which text never holds. Give the "
+            f"{few_names(pieces, SHOWN)}: this is how the vocabulary writes pieces of words, which text never holds. "
+            "Give the "
             "token as it stands in text."
         )
     new: dict[str, str] = {}
@@ -139,9 +142,9 @@ def _new_tokens(
         else:
             new[_normal(tokenizer, token)] = token
     if existing:
-        notices.append(f"{_list(existing)}: in the vocabulary already, nothing to add.")
+        notices.append(f"{few_names(existing, SHOWN)}: in the vocabulary already, nothing to add.")
     if doubled:
-        notices.append(f"{_list(doubled)}: the tokenizer reads them alike, so one is added.")
+        notices.append(f"{few_names(doubled, SHOWN)}: the tokenizer reads them alike, so one is added.")
     return list(new.values())
 
 
@@ -157,7 +160,8 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, known: dict[str, int], added:
     hit = [token for token in added if vocabulary.get(token) in taken]
     if hit:
         raise ModelError(
-            f"{_list(hit)}: the tokenizer gives an id that another of its tokens has; its vocabulary has gaps. Give a "
+            f"{few_names(hit, SHOWN)}: the tokenizer gives an id that another of its tokens has; its vocabulary has "
+            "gaps. Give a "
             "tokenizer that holds the new tokens, by --tokenizer_name."
         )
 
@@ -172,7 +176,7 @@ def _check_whole(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> N
             split.append(token)
     if split:
         raise ModelError(
-            f"{_list(split)}: the tokenizer does not keep it whole ({type(tokenizer).__name__} reads "
+            f"{few_names(split, SHOWN)}: the tokenizer does not keep it whole ({type(tokenizer).__name__} reads "
             f"{split[0]!r} as {tokenizer.tokenize(split[0])}). Give it as the tokenizer reads text (in lower case, "
             "without accents, ...), or leave it out."
         )
@@ -190,8 +194,3 @@ def _in_text(token: str, reading: Reading) -> str:
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _list(tokens: Sequence[str]) -> str:
-    shown = ", ".join(tokens[:SHOWN])
-    return shown if len(tokens) <= SHOWN else f"{shown} and {len(tokens) - SHOWN} more"

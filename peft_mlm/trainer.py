@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,8 +25,6 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
-    HfArgumentParser,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerControl,
     TrainingArguments,
@@ -35,71 +32,26 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import is_liger_kernel_available
 
-from peft_mlm.adapter import save_adapter
-from peft_mlm.arguments import ModelArguments
-from peft_mlm.base_recipe import write_base_recipe
 from peft_mlm.batch_finder import train_in_what_fits, use_batch
 from peft_mlm.batching import LengthBatches, row_lengths
 from peft_mlm.callbacks import EpochOf, MetricsFile, Progress, show_progress
 from peft_mlm.compiling import compile_layers
 from peft_mlm.errors import ArgumentsError
-from peft_mlm.fingerprint import write_fingerprint
 from peft_mlm.fused_lora import fused_lora
 from peft_mlm.gathered_head import Door, base_of, find_door
-from peft_mlm.initialization import Matrices, rewrite_for_untouched_base
+from peft_mlm.initialization import Matrices
 from peft_mlm.metrics import MaskedScores, evaluate_masked_lm, masked_lm_loss
 from peft_mlm.optimizers import check_lorafa, check_loraplus, lorafa_optimizer, loraplus_optimizer
 from peft_mlm.out_of_memory import DoesNotFitError, is_out_of_memory
-from peft_mlm.precision import has_tf32
 from peft_mlm.rank_schedule import (
     RankSchedule,
     describe_ranks,
     has_rank_schedule,
     load_schedule_state,
     orthogonal_penalty,
-    settle_ranks,
 )
 from peft_mlm.resuming import has_training_state, load_training_state, read_schedule_state, write_training_state
 from peft_mlm.run_folder import RunFolder
-
-PERPLEXITY_NAMES = ("perplexity", "eval_perplexity")
-
-
-def build_training_arguments(values: Mapping[str, Any], checkpoints: Path) -> TrainingArguments:
-    """Build transformers' own TrainingArguments for a run.
-
-    Args:
-        values: Typed values by name; names that are not given keep transformers' defaults.
-        checkpoints: Where checkpoints go; `output_dir` itself is the run folder.
-
-    Returns:
-        The arguments that Trainer reads.
-
-    Raises:
-        ArgumentsError: transformers refuses a value or a combination.
-    """
-    settings = {
-        **values,
-        "output_dir": str(checkpoints),
-        "do_train": True,
-        "disable_tqdm": True,  # its bar and its printed dicts are replaced by ours
-        "label_names": ["labels"],
-        "remove_unused_columns": False,  # the collator reads the lengths of documents, which no model takes
-        "push_to_hub": False,  # done once the run is finished, after a check of what goes up
-    }
-    if not torch.cuda.is_available():
-        settings["dataloader_pin_memory"] = False  # torch warns at every data loader
-        # A run of a GPU, looked at elsewhere: transformers refuses its bf16 unless the CPU is asked for by name.
-        settings["use_cpu"] = settings.get("use_cpu") or not torch.accelerator.is_available()
-    elif settings.get("tf32") is None and has_tf32():
-        settings["tf32"] = True  # what is computed in float32; not recorded: elsewhere it would be refused
-    if settings.get("metric_for_best_model") in PERPLEXITY_NAMES:
-        settings.setdefault("greater_is_better", False)  # Trainer takes all but losses for "greater is better"
-    try:
-        (arguments,) = HfArgumentParser((TrainingArguments,)).parse_dict(settings)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ArgumentsError(f"transformers refuses these training arguments: {error}") from error
-    return arguments
 
 
 def scores_of(
@@ -392,53 +344,6 @@ class MaskedLMTrainer(Trainer):
             return
         load_training_state(self.model, best)
         load_schedule_state(self.model, read_schedule_state(best), best)
-
-
-def saver(
-    *,
-    base_name: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    tokenizer_changed: bool,
-    base_revision: str | None = None,
-    base_arguments: ModelArguments | None = None,
-    fingerprint: Mapping[str, Any] | None = None,
-    initial: Mapping[str, Matrices] | None = None,
-) -> Callable[[torch.nn.Module, Path], None]:
-    """Make the function that writes what was trained.
-
-    Args:
-        base_name: The base's name as it may be published.
-        tokenizer: The tokenizer of the run.
-        tokenizer_changed: Whether the adapter must carry it.
-        base_revision: The base's commit on the hub.
-        base_arguments: How the base was loaded, to be kept beside the adapter.
-        fingerprint: What tells the base from others, to be kept beside the adapter.
-        initial: (A0, B0) by layer, where their product was taken out of the base: what is written fits the base as it
-            was.
-
-    Returns:
-        A function of the model and a folder: it writes the adapter alone, or the whole model with its tokenizer.
-    """
-
-    def save(model: torch.nn.Module, folder: Path) -> None:
-        if isinstance(model, PeftModel):
-            carried = tokenizer if tokenizer_changed else None
-            settle_ranks(model)
-            with warnings.catch_warnings():
-                # a layer that AdaLoRA has cut to rank 0 is taken for an incomplete shard
-                warnings.filterwarnings("ignore", message=".*invalid shape", category=UserWarning)
-                save_adapter(model, folder, base_name=base_name, base_revision=base_revision, tokenizer=carried)
-            if initial:
-                rewrite_for_untouched_base(folder, initial)
-            if base_arguments is not None:
-                write_base_recipe(base_arguments, folder)
-            if fingerprint:
-                write_fingerprint(fingerprint, folder)
-        else:
-            model.save_pretrained(str(folder))  # type: ignore[operator]
-            tokenizer.save_pretrained(str(folder))
-
-    return save
 
 
 def _autocast(arguments: TrainingArguments) -> Callable[[], Any]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from peft_mlm.checksums import CHECKSUMS, compare, read_checksums
+from peft_mlm.console import few_names
 from peft_mlm.errors import DamagedFileError
 from peft_mlm.run_folder import RunFolder
 from peft_mlm.safetensors_header import count_no_numbers, read_header
 from peft_mlm.shipped import ADAPTER_WEIGHTS, Shipped, files_in, is_pickle
 
 LARGEST_JSON = 100_000_000
-NAMES_SHOWN = 5
 # What a file of JSON must be, so that the commands can use it: the type of the whole, and of some of its keys.
 NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "adapter_config.json": {"peft_type": str},
@@ -72,8 +72,8 @@ def verify_shipped(shipped: Shipped) -> Verdict:
     pickles = [file.relative_to(shipped.folder).as_posix() for file in files_in(shipped.folder) if is_pickle(file)]
     if pickles:
         verdict.notices.append(
-            f"{_few(pickles)}: pickles, or formats that can hold one; they can run code when they are opened, and were "
-            "not read."
+            f"{few_names(pickles)}: pickles, or formats that can hold one; they can run code when they are opened, and "
+            "were not read."
         )
     return verdict
 
@@ -98,7 +98,8 @@ def check_safetensors(file: Path, name: str, verdict: Verdict) -> None:
     verdict.checked["values"] += header.count
     if bad:
         verdict.faults.append(
-            f"{name} holds {sum(bad.values()):,} values that are NaN or infinite, in {_few(list(map(ascii, bad)))}."
+            f"{name} holds {sum(bad.values()):,} values that are NaN or infinite, in "
+            f"{few_names(list(map(ascii, bad)))}."
         )
 
 
@@ -165,8 +166,3 @@ def _safetensors_of(shipped: Shipped, verdict: Verdict) -> list[Path]:
         verdict.faults.append(f"{shipped.config.name} is missing.")
     others = [file for file in files_in(shipped.folder) if file.suffix == ".safetensors" and file not in weights]
     return [*weights, *others]
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more

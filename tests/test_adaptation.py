@@ -13,8 +13,10 @@ from tests.tiny import save_base, tiny_model
 
 
 def train(base: Path, tmp_path: Path, **options: Any) -> None:
-    """Train on a text that is not there: what is said of names is said before it is looked for."""
-    text = {"train_file": str(tmp_path / "no.txt"), "output_dir": str(tmp_path / "run")}
+    """Train on a text with nothing in it: what is said of names is said before it is read."""
+    empty = tmp_path / "no.txt"
+    empty.touch()
+    text = {"train_file": str(empty), "output_dir": str(tmp_path / "run")}
     peft_mlm.train({"model_name_or_path": str(base), **text, **options})
 
 

@@ -32,7 +32,9 @@ from peft_mlm.metrics import masked_lm_loss
 from peft_mlm.model import load_base
 from peft_mlm.packing import make_rows
 from peft_mlm.run_folder import RunFolder
-from peft_mlm.trainer import MaskedLMTrainer, build_training_arguments, saver
+from peft_mlm.saving import saver
+from peft_mlm.trainer import MaskedLMTrainer
+from peft_mlm.training_arguments import build_training_arguments
 from tests.tiny import letter_texts, letter_tokenizer, save_base, save_encoder, tiny_model
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

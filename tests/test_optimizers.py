@@ -15,7 +15,9 @@ from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import AdapterError, ArgumentsError
 from peft_mlm.optimizers import freeze_a
 from peft_mlm.run_folder import RunFolder
-from peft_mlm.trainer import MaskedLMTrainer, build_training_arguments, saver
+from peft_mlm.saving import saver
+from peft_mlm.trainer import MaskedLMTrainer
+from peft_mlm.training_arguments import build_training_arguments
 from tests.tiny import letter_texts, letter_tokenizer, tiny_model
 
 QUIET: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

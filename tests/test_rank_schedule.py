@@ -24,7 +24,9 @@ from peft_mlm.rank_schedule import (
     settle_ranks,
 )
 from peft_mlm.run_folder import RunFolder
-from peft_mlm.trainer import MaskedLMTrainer, build_training_arguments, saver
+from peft_mlm.saving import saver
+from peft_mlm.trainer import MaskedLMTrainer
+from peft_mlm.training_arguments import build_training_arguments
 from tests.tiny import difference, letter_texts, letter_tokenizer, logits_at, tiny_model
 
 TARGETS = r".*\.(query|value)"

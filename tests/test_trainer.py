@@ -16,7 +16,9 @@ from peft_mlm.adapter import plan_adapter, wrap
 from peft_mlm.arguments import PEFTArguments
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.run_folder import RunFolder
-from peft_mlm.trainer import MaskedLMTrainer, build_training_arguments, saver, scores_of
+from peft_mlm.saving import saver
+from peft_mlm.trainer import MaskedLMTrainer, scores_of
+from peft_mlm.training_arguments import build_training_arguments
 from tests.tiny import letter_texts, letter_tokenizer, save_texts, tiny_model
 
 

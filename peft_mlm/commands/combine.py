@@ -288,29 +288,13 @@ def _search(
 
 def _measure(loaded: Loaded, arguments: Arguments) -> Callable[[], dict[str, Any]]:
     """Make the function that measures the model as it is, on the text that the arguments name."""
-    from peft_mlm import collator
-    from peft_mlm.corpus import build_corpus
     from peft_mlm.data import load_text
-    from peft_mlm.gathered_head import base_of, find_door
-    from peft_mlm.quantization import is_quantised
-    from peft_mlm.trainer import build_training_arguments, scores_of
+    from peft_mlm.evaluation import evaluation_arguments, ready_to_measure
 
-    data = arguments.data
-    with tempfile.TemporaryDirectory() as nowhere:
-        training = build_training_arguments({**arguments.training, "resume_from_checkpoint": None}, Path(nowhere))
-    text = load_text(data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=("validation",))
-    rows = build_corpus(text, data, loaded.base.model, loaded.tokenizer).rows["validation"]
-    masking = collator.from_tokenizer(
-        loaded.tokenizer,
-        mlm_probability=data.mlm_probability,
-        mask_replace_prob=data.mask_replace_prob,
-        random_replace_prob=data.random_replace_prob,
-        seed=data.eval_mask_seed,
-        fixed=True,
-    )
-    model = loaded.model if is_quantised(loaded.model) else loaded.model.to(training.device)
-    door = find_door(base_of(model))
-    return lambda: scores_of(model, rows, masking, training, label="searching", door=door).describe()
+    model, training = arguments.model, evaluation_arguments(arguments)
+    text = load_text(arguments.data, cache_dir=model.cache_dir, token=model.token, splits=("validation",))
+    _, measure = ready_to_measure(loaded, text, arguments, training, label="searching")
+    return lambda: measure().describe()
 
 
 def _derived(sources: Sequence[Source], parts: Parts, tokenizer: Any, record: Mapping[str, Any]) -> Derived:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,13 +60,9 @@ def evaluate(
 
         find_files(read_arguments(config, flags, for_training=False).data.validation_file or ())
 
-    from peft_mlm.corpus import build_collators, build_corpus
     from peft_mlm.data import load_text
-    from peft_mlm.fused_lora import fused_lora
-    from peft_mlm.gathered_head import base_of, find_door
+    from peft_mlm.evaluation import evaluation_arguments, ready_to_measure
     from peft_mlm.loading import load_target, resolve_target, with_quantisation
-    from peft_mlm.quantization import is_quantised
-    from peft_mlm.trainer import build_training_arguments, scores_of
 
     target = resolve_target(name_or_path, base=base, part="base" if use_base else "adapted")
     if config is None and target.run is not None:
@@ -79,25 +74,17 @@ def evaluate(
     asked = any(arguments.sources[name] == "flag" for name in QUANTISATION)
     target = with_quantisation(target, quantisation if asked else {})
     target = replace(target, base=_how_to_load(target.base, arguments))
-    with tempfile.TemporaryDirectory() as nowhere:
-        training = build_training_arguments({**arguments.training, "resume_from_checkpoint": None}, Path(nowhere))
-    data = arguments.data
+    training, data = evaluation_arguments(arguments), arguments.data
     text = load_text(data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=("validation",))
     loaded = load_target(target, any_base=any_base)
-    corpus = build_corpus(text, data, loaded.base.model, loaded.tokenizer)
-    rows = corpus.rows["validation"]
-    half = training.fp16 or training.bf16 or training.torch_compile
-    _, masking = build_collators(corpus, data, loaded.tokenizer, seed=training.seed, half_precision=half)
-    model = loaded.model if is_quantised(loaded.model) else loaded.model.to(training.device)
-    # In 16 bits figures depend on how rows are padded and in which order a layer sums: both as in training.
-    with memory_told(arguments, training=False), fused_lora(model):
-        door = find_door(base_of(model))
-        scores = scores_of(model, rows, masking, training, label="evaluating", door=door)
+    with memory_told(arguments, training=False):
+        corpus, measure = ready_to_measure(loaded, text, arguments, training, label="evaluating")
+        scores = measure()
     return {
         "model": name_or_path,
         "part": "base" if use_base else "model" if target.kind == "model" else "adapted",
         **scores.describe(),
-        "rows": len(rows),
+        "rows": len(corpus.rows["validation"]),
         "data": corpus.facts["validation"],
     }
 

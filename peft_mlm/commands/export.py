@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.console import CommandParser, bytes_text, print_table
-from peft_mlm.errors import ArgumentsError, ModelError, RunFolderError
-from peft_mlm.run_folder import check_output_dir, folder_bytes, staged, write_json
+from peft_mlm.errors import ArgumentsError, ModelError
+from peft_mlm.run_folder import check_new_folder, folder_bytes, staged, write_json
 
 if TYPE_CHECKING:
     from peft_mlm.model import Base
@@ -71,9 +71,7 @@ def export(
     """
     _check_options(format, encoder_only=encoder_only, pooling=pooling, dtype=dtype)
     output = Path(output_dir).expanduser()
-    check_output_dir(output, resume=False)
-    if output.is_dir() and output.samefile(Path.cwd()):
-        raise RunFolderError(f"output_dir {output} is the folder you are in. Give a new one.")
+    check_new_folder(output)
     from peft_mlm.loading import resolve_target
 
     encoder_only = encoder_only or format == "sentence_transformers"

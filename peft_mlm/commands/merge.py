@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from peft_mlm.argument_types import convert, parse_type
 from peft_mlm.console import CommandParser, bytes_text, print_table
-from peft_mlm.errors import AdapterError, ArgumentsError, RunFolderError
+from peft_mlm.errors import AdapterError, ArgumentsError
 from peft_mlm.model_checks import check_path
-from peft_mlm.run_folder import check_output_dir, describe_environment, folder_bytes, read_json
+from peft_mlm.run_folder import check_new_folder, describe_environment, folder_bytes, read_json
 
 if TYPE_CHECKING:
     from peft_mlm.loading import Loaded, Prepared, Target
@@ -62,7 +61,7 @@ def merge(
     """
     _check_choices(dtype, into)
     output = Path(output_dir).expanduser()
-    _check_output(output)
+    check_new_folder(output)
     check_path(name_or_path)
 
     from peft_mlm.loading import check_base, prepare_adapter, resolve_target
@@ -188,15 +187,6 @@ def _check_choices(dtype: str, into: str | None) -> None:
         raise ArgumentsError(f"dtype is {dtype!r}: choose {', '.join(DTYPES)}.")
     if into is not None and into not in INTO:
         raise ArgumentsError(f"into is {into!r}: choose {' or '.join(INTO)}.")
-
-
-def _check_output(path: Path) -> None:
-    check_output_dir(path, resume=False)
-    if path.is_dir() and path.samefile(Path.cwd()):
-        raise RunFolderError(f"output_dir {path} is the folder you are in. Give a new one.")
-    beside = path.resolve().parent  # where the model is written before it takes its place
-    if beside.exists() and not os.access(beside, os.W_OK):
-        raise RunFolderError(f"output_dir {path} cannot be made: no permission to write in {beside}.")
 
 
 def _parser() -> CommandParser:

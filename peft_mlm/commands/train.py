@@ -183,7 +183,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     from peft_mlm.model import load_base
     from peft_mlm.precision import settle_types
     from peft_mlm.rank_schedule import planned_steps
-    from peft_mlm.trainer import build_training_arguments
+    from peft_mlm.training_arguments import build_training_arguments, computes_in_half
 
     arguments = settle_types(arguments)
     _tell(arguments.notices)
@@ -200,7 +200,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
         base = load_base(with_adapter_tokenizer(arguments.model, adapter))
         check_training(base.model.config.model_type, **asked)
         corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
-    half = training.fp16 or training.bf16 or training.torch_compile  # lengths that 8 divides
+    half = computes_in_half(training)
     collators = build_collators(corpus, arguments.data, base.tokenizer, seed=training.seed, half_precision=half)
     rows = corpus.rows["train"]
     most = arguments.data.max_tokens_per_batch
@@ -284,7 +284,8 @@ def _build_trainer(
     training: Any,
 ) -> MaskedLMTrainer:
     from peft_mlm.model import published_name
-    from peft_mlm.trainer import MaskedLMTrainer, saver
+    from peft_mlm.saving import saver
+    from peft_mlm.trainer import MaskedLMTrainer
 
     data, peft = arguments.data, arguments.peft
     patience = data.early_stopping_patience
@@ -381,7 +382,7 @@ def _save(prepared: Prepared, summary: dict[str, Any]) -> None:
     if trainer.args.should_save:
         with staged(folder) as temporary:
             trainer.save_into(trainer.accelerator.unwrap_model(trainer.model), temporary)
-            write_text(temporary / "README.md", render_card(_card_facts(prepared, summary)))
+            write_text(temporary / "README.md", render_card(_card_of(prepared, summary)))
             data, tokenizer = prepared.arguments.data, prepared.base.tokenizer
             write_training_facts(training_facts(data, prepared.corpus.facts, tokenizer, summary), temporary)
             write_checksums(temporary)
@@ -389,6 +390,15 @@ def _save(prepared: Prepared, summary: dict[str, Any]) -> None:
         summary |= {"saved_to": str(folder), "saved_bytes": folder_bytes(folder)}
         summary |= {} if prepared.arguments.peft is None else {"adapter_bytes": weights}
         write_json(run.summary, summary)
+
+
+def _card_of(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any]:
+    from peft_mlm.run_card import card_facts
+
+    modules = prepared.plan.trained_modules if prepared.plan else ()
+    return card_facts(
+        prepared.arguments, prepared.base, prepared.model, prepared.corpus, summary, trained_modules=modules
+    )
 
 
 def _push(run: RunFolder, destination: Destination, summary: dict[str, Any]) -> None:
@@ -400,37 +410,3 @@ def _push(run: RunFolder, destination: Destination, summary: dict[str, Any]) -> 
         raise HubError(f"{error} {later}") from error
     summary["pushed"] = {"repo_id": destination.repo_id, **done}
     write_json(run.summary, summary)
-
-
-def _card_facts(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any]:
-    from peft_mlm.adapter_config import describe_method
-    from peft_mlm.base_recipe import base_recipe
-    from peft_mlm.card import name_data
-    from peft_mlm.model import published_name
-
-    arguments, base, train_facts = prepared.arguments, prepared.base, prepared.corpus.facts["train"]
-    name = published_name(base.name_or_path)
-    method = "all parameters trained"
-    if arguments.peft is not None:
-        method = describe_method(prepared.model.peft_config["default"])
-    return {
-        **summary,
-        "kind": "model" if arguments.peft is None else "adapter",
-        "base_model": name,
-        "base_revision": base.revision,
-        "base_on_hub": name is not None and not Path(base.name_or_path or "").expanduser().exists(),
-        "method": method,
-        "base_recipe": base_recipe(arguments.model),
-        "peft_type": summary["method"],
-        "trained_modules": prepared.plan.trained_modules if prepared.plan else (),
-        "new_tokens": len(base.new_token_ids),
-        "renamed": base.renamed_weights,
-        "untied": arguments.model.untie_embeddings,
-        "growth_code": base.growth_code,
-        "data": name_data(arguments.data),
-        "dataset": None if Path(str(arguments.data.dataset_name)).exists() else arguments.data.dataset_name,
-        "rows": train_facts["rows_used"],
-        "max_seq_length": prepared.corpus.max_seq_length,
-        "mlm_probability": arguments.data.mlm_probability,
-        "versions": describe_environment("")["versions"],
-    }

@@ -14,10 +14,11 @@ from torch._dynamo.utils import counters
 
 from peft_mlm.adapter import plan_adapter, wrap
 from peft_mlm.arguments import PEFTArguments
-from peft_mlm.compiling import compile_layers, encoder_layers
+from peft_mlm.compiling import compile_layers
 from peft_mlm.dropout import turn_off_dropout
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.gathered_head import Door, find_door
+from peft_mlm.heads import encoder_layers
 from peft_mlm.metrics import masked_lm_loss
 from tests.commands.conftest import train
 from tests.tiny import MODEL_TYPES, tiny_model

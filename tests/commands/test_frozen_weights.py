@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peft_mlm
 from peft_mlm.adapter import plan_adapter, wrap
 from peft_mlm.arguments import PEFTArguments
-from peft_mlm.compiling import encoder_layers
 from peft_mlm.fused_lora import fused_lora
 from peft_mlm.gathered_head import find_door
+from peft_mlm.heads import encoder_layers
 from peft_mlm.metrics import masked_lm_loss
 from tests.commands.conftest import train
 from tests.matrix_of_types import make_batches
