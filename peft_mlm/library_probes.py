@@ -165,8 +165,8 @@ def try_bitsandbytes() -> dict[str, Any]:
         `device`, and `bits`: by "nf4", "fp4" and "int8" the largest error as a share of the largest number of its block
         (or row). `error` where a number is farther off than rounding to the nearest level can bring it.
     """
+    import bitsandbytes.functional as functional
     import torch
-    from bitsandbytes import functional
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     values = torch.randn(32, 256, generator=torch.Generator().manual_seed(0)).to(device)

@@ -41,7 +41,12 @@ def facts(torch: dict[str, Any] = TORCH, nvidia: str | None = None, **probed: An
     [
         ("gpu", facts(), "note", "none; runs go to the CPU"),
         ("gpu", facts(TORCH | {"build": "CPU"}), "note", "none; runs go to the CPU"),
-        ("gpu", facts(TORCH | {"build": "CPU"}, SEEN), "problem", "RTX 3060, driver 470.1, but torch is a build for CPUs"),
+        (
+            "gpu",
+            facts(TORCH | {"build": "CPU"}, SEEN),
+            "problem",
+            "RTX 3060, driver 470.1, but torch is a build for CPUs",
+        ),
         ("gpu", facts(TORCH | {"why_not": "The driver is too old"}, SEEN), "problem", "The driver is too old"),
         ("gpu", facts(BROKEN, SEEN), "note", "torch does not work; the system has NVIDIA GeForce"),
         ("gpu", facts(TORCH | {"gpus": [GPU]}, SEEN), "ok", "12 GB, 11 GB of it free, compute capability 8.6"),
@@ -65,7 +70,12 @@ def facts(torch: dict[str, Any] = TORCH, nvidia: str | None = None, **probed: An
 def test_a_machine_is_told_with_what_to_do(name: str, given: Facts, state: State, said: str) -> None:
     (check,) = CHECKS[name](given)
     assert (check.state, said in check.found) == (state, True), check
-    no_remedy = {"none; runs go to the CPU", "no instructions", "not known", "torch does not work; the system has NVIDIA GeForce"}
+    no_remedy = {
+        "none; runs go to the CPU",
+        "no instructions",
+        "not known",
+        "torch does not work; the system has NVIDIA GeForce",
+    }
     assert bool(check.remedy) == (state != "ok" and said not in no_remedy)
 
 

@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from peft_mlm import installed
-from peft_mlm.installed import Package, extras, required_packages, tested_versions
+from peft_mlm.installed import Package, extras, required_packages
 from peft_mlm.library_probes import MODULES
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_the_tests_run_with_the_versions_that_are_called_tested() -> None:
-    tested = tested_versions()
+    tested = installed.tested_versions()
     for package in PROJECT["dependencies"]:
         name = Requirement(package).name
         assert tested[name] == importlib.metadata.version(name)
@@ -31,9 +31,11 @@ def test_a_wheel_carries_the_tested_versions_to_where_they_are_read(
     package = tmp_path / "peft_mlm"
     package.mkdir()
     monkeypatch.setattr(installed, "__file__", str(package / "installed.py"))
-    assert tested_versions() == {}
-    (package / installed.LOCK).write_text("numpy==1.2 ; python_version < '3'\nnumpy==3.4 ; python_version >= '3'\n# x\n")
-    assert tested_versions() == {"numpy": "3.4"}
+    assert installed.tested_versions() == {}
+    (package / installed.LOCK).write_text(
+        "numpy==1.2 ; python_version < '3'\nnumpy==3.4 ; python_version >= '3'\n# x\n"
+    )
+    assert installed.tested_versions() == {"numpy": "3.4"}
 
 
 def test_what_is_needed_and_the_extras_are_those_of_the_metadata() -> None:

@@ -13,7 +13,7 @@ BREAKS = {
     "aborts": "import os; os.abort()",
     "exits": "import sys; print('no licence', file=sys.stderr); sys.exit(3)",
     "hangs": "import time; time.sleep(60)",
-    "chats": "print('{\"name\": \"chats\"}')",
+    "chats": 'print(\'{"name": "chats"}\')',
 }
 
 

@@ -93,7 +93,9 @@ def test_broken_libraries_are_problems_and_the_rest_is_told(tmp_path: Path) -> N
         (first / name / "__init__.py").write_text(text)
     done = run_doctor(folder=tmp_path, first=str(first))
     assert (done.returncode, done.stderr) == (1, "")
-    said = {line.split()[1]: line for line in done.stdout.splitlines() if line.split()[:1] and line.split()[0] in STATES}
+    said = {
+        line.split()[1]: line for line in done.stdout.splitlines() if line.split()[:1] and line.split()[0] in STATES
+    }
     for name in ("torch", "rich", "datasets"):
         assert said[name].startswith("problem")
     assert said["numpy"].startswith("ok")
