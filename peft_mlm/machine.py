@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -145,3 +147,18 @@ def _cached(group: Path) -> int:
     except OSError:
         return 0
     return int(facts.get("inactive_file", facts.get("total_inactive_file", 0)))
+
+
+def peak_memory() -> int:
+    """Measure the most memory that this process has held at once.
+
+    Returns:
+        Bytes in memory (resident), files that it has mapped included.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would give the peak of a larger process that started this one
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

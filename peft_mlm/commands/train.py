@@ -358,7 +358,8 @@ def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str,
 
     before = None
     if validation is not None:
-        before = trainer.measure(validation, label="base model").describe()
+        trainer.live_table.base = trainer.measure(validation, label="base model")
+        before = trainer.live_table.base.describe()
         _tell([f"base model: perplexity {before['perplexity']:.3f}, masked accuracy {before['accuracy']:.4f}"])
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return {
