@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_mlm.console import bytes_text, cell
+from peft_mlm.console import bytes_text
 from peft_mlm.metrics import MaskedScores
 from peft_mlm.throughput import Throughput
 
@@ -49,12 +49,12 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("step", "step", cell, 0),
-    Column("loss", "loss", cell, 0),
-    Column("learning\nrate", "learning_rate", cell, 3),
-    Column("perplexity", "eval_perplexity", cell, 1),
-    Column("masked\naccuracy", "eval_accuracy", cell, 5),
-    Column("tokens/s", "tokens_per_second", lambda value: f"{value:,.0f}", 4),
+    Column("step", "step", "{:,}".format, 0),
+    Column("loss", "loss", "{:.4f}".format, 0),
+    Column("learning\nrate", "learning_rate", "{:.2e}".format, 3),
+    Column("perplexity", "eval_perplexity", "{:.3f}".format, 1),
+    Column("masked\naccuracy", "eval_accuracy", "{:.4f}".format, 5),
+    Column("tokens/s", "tokens_per_second", "{:,.0f}".format, 4),
     Column("memory", "peak_memory_bytes", bytes_text, 2),
 )
 
@@ -89,7 +89,7 @@ class LiveTable(TrainerCallback):
         self.rows: list[dict[str, Any]] = []
         self.step, self.max_steps, self.evaluations_left = step, max_steps, 0
         self.evaluation: dict[str, Any] = {}
-        self.doing = ""
+        self.doing, self.is_done = "", False
 
     def __enter__(self) -> LiveTable:
         """Draw it, and let all that is printed stand above it."""
@@ -172,6 +172,7 @@ class LiveTable(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the last step."""
+        self.is_done = True
         self._draw(now=True)
 
     def _draw(self, *, now: bool = False) -> None:
@@ -204,6 +205,8 @@ class LiveTable(TrainerCallback):
         left = self.throughput.seconds_left(self.max_steps - self.step, self.evaluations_left)
         words = f"{self.step:,} of {self.max_steps:,} steps"
         time_left = "" if left is None else f"{clock_text(left)} left"
+        if self.is_done:
+            time_left = f"in {clock_text(self.throughput.step_seconds)}"
         reading = self.throughput.last
         if reading is not None and width >= 76:
             time_left += f", {reading.describe()['tokens_per_second']:,.0f} tokens/s, {bytes_text(reading.peak_memory)}"
@@ -220,9 +223,8 @@ class LiveTable(TrainerCallback):
             return ""
         parts = []
         for name, key in (("perplexity", "perplexity"), ("masked accuracy", "accuracy")):
-            value = self.evaluation[f"eval_{key}"]
-            before = "" if self.base is None else f" (base {cell(getattr(self.base, key))})"
-            parts.append(f"{name} {cell(value)}{before}")
+            before = "" if self.base is None else f" (base {getattr(self.base, key):.4g})"
+            parts.append(f"{name} {self.evaluation[f'eval_{key}']:.4g}{before}")
         return f" at step {self.evaluation['step']:,}: {', '.join(parts)}"
 
 

@@ -51,6 +51,7 @@ from peft_mlm.rank_schedule import (
     load_schedule_state,
     orthogonal_penalty,
 )
+from peft_mlm.reporting import reports_in
 from peft_mlm.resuming import has_training_state, load_training_state, read_schedule_state, write_training_state
 from peft_mlm.run_folder import RunFolder
 from peft_mlm.throughput import Throughput
@@ -229,7 +230,11 @@ class MaskedLMTrainer(Trainer):
         whole = not (self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled)
         train = partial(super().train, *args, **options)
         drawn = show_progress(self.args) and can_draw()
-        with self.live_table if drawn else nullcontext(), fused_lora(self.model) if whole else nullcontext():
+        with (
+            reports_in(self.run, self.callback_handler.callbacks),
+            self.live_table if drawn else nullcontext(),
+            fused_lora(self.model) if whole else nullcontext(),
+        ):
             return train_in_what_fits(self, train) if self.args.auto_find_batch_size else train()
 
     def _inner_training_loop(self, batch_size: int | None = None, **options: Any) -> Any:

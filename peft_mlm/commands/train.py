@@ -16,6 +16,7 @@ from peft_mlm.errors import HubError, PeftMlmError
 from peft_mlm.hub import Destination, destination_of, open_repository, plan_upload, upload
 from peft_mlm.model_checks import check_before_loading, check_training
 from peft_mlm.out_of_memory import memory_told
+from peft_mlm.reporting import asked_reporters, check_reporters
 from peft_mlm.run_folder import (
     RunFolder,
     check_output_dir,
@@ -150,6 +151,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     Returns:
         Everything that training needs.
     """
+    check_reporters(asked_reporters(arguments.training))
     asked: dict[str, bool] = {
         "checkpointing": bool(arguments.training.get("activation_checkpointing")),
         "mixed_precision": bool(arguments.training.get("bf16") or arguments.training.get("fp16")),
