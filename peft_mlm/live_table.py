@@ -28,7 +28,7 @@ from peft_mlm.throughput import Throughput
 
 ROWS = 8
 SECONDS = 0.5  # between two drawings; one takes some milliseconds
-LINES_BELOW = 8  # that the table leaves for its head, the lines below it, and the prompt
+LINES_BELOW = 10  # that the table leaves for its head, the lines below it, and the prompt
 Batch = TypeVar("Batch")
 
 
@@ -198,7 +198,8 @@ class LiveTable(TrainerCallback):
         if shown:
             parts.append(_fitting_table(shown, console))
         parts.append(self._bar(console.width))
-        parts += [Text(line, style="dim") for line in (self._evaluated(), self.doing) if line]
+        lines = (self._speed(), self._evaluated(), f" {self.doing}" if self.doing else "")
+        parts += [Text(line, style="dim") for line in lines if line]
         return Group(*parts)
 
     def _bar(self, width: int) -> RenderableType:
@@ -207,9 +208,6 @@ class LiveTable(TrainerCallback):
         time_left = "" if left is None else f"{clock_text(left)} left"
         if self.is_done:
             time_left = f"in {clock_text(self.throughput.step_seconds)}"
-        reading = self.throughput.last
-        if reading is not None and width >= 76:
-            time_left += f", {reading.describe()['tokens_per_second']:,.0f} tokens/s, {bytes_text(reading.peak_memory)}"
         grid = Table.grid(padding=(0, 1))
         grid.add_row(
             f" {words}",
@@ -217,6 +215,13 @@ class LiveTable(TrainerCallback):
             time_left,
         )
         return grid
+
+    def _speed(self) -> str:
+        reading = self.throughput.last
+        if reading is None:
+            return ""
+        speed = reading.describe()["tokens_per_second"]
+        return f" {speed:,.0f} tokens/s, {bytes_text(reading.peak_memory)} of memory at most"
 
     def _evaluated(self) -> str:
         if not self.evaluation:

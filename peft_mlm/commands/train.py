@@ -112,6 +112,7 @@ def run_training(arguments: Arguments) -> TrainResult:
 
 def _run(arguments: Arguments) -> TrainResult:
     started = time.perf_counter()
+    check_reporters(asked_reporters(arguments.training))
     run = RunFolder(Path(arguments.training["output_dir"]).expanduser())
     resume = arguments.training.get("resume_from_checkpoint")
     resume = None if resume in (None, False, "false") else str(resume)
@@ -151,7 +152,6 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     Returns:
         Everything that training needs.
     """
-    check_reporters(asked_reporters(arguments.training))
     asked: dict[str, bool] = {
         "checkpointing": bool(arguments.training.get("activation_checkpointing")),
         "mixed_precision": bool(arguments.training.get("bf16") or arguments.training.get("fp16")),
