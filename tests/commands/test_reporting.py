@@ -16,12 +16,12 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.reporting import REPORTERS, asked_reporters, check_reporters
-from tests.commands.conftest import Answer, command, train  # noqa: F401
+from tests.commands.conftest import Answer, train
 
 MISSING = [
     name
     for name, row in REPORTERS.items()
-    if row.modules and not importlib.util.find_spec(row.modules[0].split(".")[0])
+    if row.modules and not any(importlib.util.find_spec(module.split(".")[0]) for module in row.modules)
 ]
 
 
@@ -62,7 +62,7 @@ def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest
         check_reporters(["swanlab"])
 
 
-def test_all_faults_are_told_before_the_model_is_looked_for(command: Callable[..., Answer], tmp_path: Path) -> None:  # noqa: F811
+def test_all_faults_are_told_before_the_model_is_looked_for(command: Callable[..., Answer], tmp_path: Path) -> None:
     words = ["train", "--model_name_or_path", tmp_path / "none", "--train_file", tmp_path / "none.txt", "--use_lora"]
     answer = command(*words, "--output_dir", tmp_path / "run", "--report_to", "nowhere,swanlab")
     assert (answer.code, answer.out) == (2, "")
