@@ -1,4 +1,4 @@
-"""Whether the libraries really work here, tried in a process that may die of it (`python -m peft_mlm.library_probes`).
+"""Whether the libraries really work here, tried in a process that may die of it.
 
 A library that is broken raises, aborts, hangs, or takes the interpreter down with it. So they are tried one after the
 other in a process of their own; where that ends, the next one goes on with those that are left.
@@ -17,6 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# The package is found where this one was, also where that is a folder that nobody installed; nothing else is put before
+# what the interpreter finds by itself.
+CHILD = """
+import sys
+root, *names = sys.argv[1:]
+if root not in sys.path:
+    sys.path.insert(0, root)
+from peft_mlm.library_probes import main
+main(names)
+"""
 # Names to import, where they are not the package's.
 MODULES = {"pyyaml": "yaml"}
 TIMEOUT = 180.0  # seconds; the first import from a slow disk takes a minute
@@ -48,11 +58,9 @@ def probe(names: Sequence[str], *, timeout: float = TIMEOUT) -> dict[str, dict[s
 
 def _run_child(names: Sequence[str], timeout: float) -> tuple[dict[str, dict[str, Any]], str | None]:
     """Run one process; give its answers, and how it ended before it had answered everything."""
-    words = [sys.executable, "-m", "peft_mlm.library_probes", *names]
-    # The package is found where this one was, also where that is a folder that nobody installed.
     root = str(Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    words = [sys.executable, "-P", "-c", CHILD, root, *names]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -262,7 +270,3 @@ def main(names: Sequence[str]) -> None:
             found = {"error": one_line(f"{type(error).__name__}: {error}")}
         found["seconds"] = round(time.perf_counter() - started, 1)
         print(json.dumps({"name": name, "found": found}), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -86,16 +86,8 @@ def test_a_terminal_shows_the_table(terminal: Terminal, tmp_path: Path) -> None:
     assert written.count(HIDDEN) == written.count(SHOWN) == 1
     assert written.rindex(SHOWN) > written.rindex(HIDDEN)
     shown = plain(written)
-    for word in (
-        "learning",
-        "masked",
-        "accuracy",
-        "tokens/s",
-        "memory",
-        "4 of 4 steps",
-        "left",
-        "evaluating, batch 1 of",
-    ):
+    words = ("learning", "masked", "accuracy", "tokens/s", "memory", "4 of 4 steps", "left", "evaluating, batch 1 of")
+    for word in words:
         assert word in shown, word
     # The last drawing holds what metrics.jsonl holds.
     records = [json.loads(line) for line in trainer.run.metrics.read_text().splitlines()]
