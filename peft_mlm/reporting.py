@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ class Reporter(NamedTuple):
     package: str
 
 
+# Arguments whose values nobody else may see.
+SECRET = ("--token", "--hub_token")
 # transformers' INTEGRATION_TO_CALLBACK, with what its callbacks ask for.
 REPORTERS = {
     "azure_ml": Reporter(("azureml.core",), "azureml-sdk"),
@@ -84,10 +87,11 @@ def check_reporters(names: Iterable[str]) -> None:
 
 @contextmanager
 def reports_in(run: RunFolder, callbacks: Iterable[Any]) -> Iterator[None]:
-    """Let those that write files write them into the run folder, unless the user has said where.
+    """Let those that write files write them into the run folder, unless the user has said where; tell them no token.
 
     TensorBoard's would lie among the checkpoints, under the machine's name; Weights & Biases' where the command was
-    started. The other places keep what they have where they keep everything.
+    started. The other places keep what they have where they keep everything. Several note the command line, as it
+    stands in `sys.argv`, and send it away: tokens are taken out of it meanwhile.
 
     Args:
         run: The run folder.
@@ -99,14 +103,32 @@ def reports_in(run: RunFolder, callbacks: Iterable[Any]) -> Iterator[None]:
     for callback in callbacks:
         if type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
             callback.logging_dir = str(run.tensorboard)
-    chosen = os.environ.get("WANDB_DIR")
+    chosen, words = os.environ.get("WANDB_DIR"), sys.argv[:]
     if chosen is None:
         os.environ["WANDB_DIR"] = str(run.path.absolute())
+    sys.argv[:] = without_tokens(words)
     try:
         yield
     finally:
+        sys.argv[:] = words
         if chosen is None:
             del os.environ["WANDB_DIR"]
+
+
+def without_tokens(words: Sequence[str]) -> list[str]:
+    """Take the values of secret arguments out of a command line.
+
+    Args:
+        words: Of the command line.
+
+    Returns:
+        The same words, with *** for each token.
+    """
+    kept = []
+    for before, word in zip(("", *words), words, strict=False):
+        flag, equals, _ = word.partition("=")
+        kept.append("***" if before in SECRET else f"{flag}=***" if equals and flag in SECRET else word)
+    return kept
 
 
 def _is_installed(row: Reporter) -> bool:
