@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
@@ -54,6 +54,10 @@ class Terminal:
     def text(self) -> str:
         return self._read.decode(errors="replace")
 
+    def attach(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make it this process's stderr; in the test itself, as pytest sets stderr anew before each phase."""
+        monkeypatch.setattr(sys, "stderr", self.stream)
+
     def close(self) -> str:
         self.stream.close()
         os.close(self.slave)
@@ -62,22 +66,20 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    """A terminal that this process takes for its stderr."""
-    opened = Terminal()
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal of 100 columns."""
     for name, value in (("TERM", "xterm"), ("COLUMNS", "100"), ("LINES", "40")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(sys, "stderr", opened.stream)
-    yield opened
-    monkeypatch.undo()
+    return Terminal()
 
 
 def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
-def test_a_terminal_shows_the_table(terminal: Terminal, tmp_path: Path) -> None:
+def test_a_terminal_shows_the_table(terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal.attach(monkeypatch)
     trainer = make_trainer(tmp_path, adapted(), letter_rows(32), **RUN)
     trainer.live_table.base = trainer.measure(trainer.eval_dataset, label="base model")
     trainer.train()
@@ -108,6 +110,7 @@ def test_a_terminal_shows_the_table(terminal: Terminal, tmp_path: Path) -> None:
 def test_elsewhere_there_are_the_lines_of_evaluations_alone(
     where: str, terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    terminal.attach(monkeypatch)
     if where == "pipe":
         monkeypatch.setattr(sys, "stderr", io.StringIO())
     if where == "dumb":
@@ -122,7 +125,7 @@ def test_elsewhere_there_are_the_lines_of_evaluations_alone(
     assert [line[:14] for line in lines if line.strip()] == ["step      2/4 ", "step      4/4 "]
 
 
-def test_the_table_changes_no_figure(terminal: Terminal, tmp_path: Path) -> None:
+def test_the_table_changes_no_figure(terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def figures(folder: Path) -> list[dict[str, Any]]:
         trainer = make_trainer(folder, adapted(), letter_rows(32), **RUN)
         trainer.train()
@@ -132,15 +135,18 @@ def test_the_table_changes_no_figure(terminal: Terminal, tmp_path: Path) -> None
             for line in lines
         ]
 
+    terminal.attach(monkeypatch)
     with_table = figures(tmp_path / "one")
-    sys.stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert figures(tmp_path / "two") == with_table
+    assert "tokens/s" in terminal.close()
 
 
 @pytest.mark.parametrize("ending", [None, KeyboardInterrupt, RuntimeError])
 def test_what_is_said_meanwhile_stands_above_and_the_terminal_is_left_as_it_was(
-    ending: type[BaseException] | None, terminal: Terminal
+    ending: type[BaseException] | None, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    terminal.attach(monkeypatch)
     logger = logging.getLogger("test_live_table")
     logger.propagate = False
     handler = logging.StreamHandler(terminal.stream)
@@ -207,7 +213,7 @@ def test_a_narrow_terminal_gets_fewer_columns_and_no_wider_line(width: int, kept
     for column in COLUMNS:
         assert all((word in head) == (column.name in kept) for word in column.name.split() if word != "rate"), column
     text = " ".join(" ".join(lines).split())
-    for part in ("123,457 tokens/s", "12.3 GB", "perplexity 2.718 (base 20.09)", "masked accuracy 0.625 (base 0.1)"):
+    for part in ("123,456 tokens/s", "12.3 GB", "perplexity 2.718 (base 20.09)", "masked accuracy 0.625 (base 0.1)"):
         assert part in text, part
 
 
@@ -223,7 +229,8 @@ def test_an_empty_table_is_drawn_too() -> None:
     assert "0 of 0 steps" in " ".join(drawn(LiveTable(Throughput()), 80))
 
 
-def test_only_the_first_process_shows_anything(terminal: Terminal) -> None:
+def test_only_the_first_process_shows_anything(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal.attach(monkeypatch)
     arguments = [SimpleNamespace(process_index=index, disable_tqdm=off) for index in (0, 1) for off in (False, True)]
     assert [show_progress(one) for one in arguments] == [True, False, False, False]
 
@@ -239,7 +246,7 @@ def test_the_evaluations_that_are_left_are_counted(strategy: str, step: int, lef
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0:00"), (65.4, "1:05"), (7265, "2:01:05"), (86400, "1 day, 0:00"), (3 * 86400 + 7265, "3 days, 2:01:05")],
+    [(0, "0:00"), (65.4, "1:05"), (7265, "2:01:05"), (86400, "1 day, 0:00:00"), (3 * 86400 + 7265, "3 days, 2:01:05")],
 )
 def test_times_are_said(seconds: float, text: str) -> None:
     assert clock_text(seconds) == text
