@@ -95,7 +95,11 @@ class LiveTable(TrainerCallback):
         """Draw it, and let all that is printed stand above it."""
         streams = (sys.stderr, sys.stdout)
         console = self.console or Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
-        self._live = Live(console=console, auto_refresh=False, get_renderable=self._render)
+        # A result that goes into a file goes past the terminal.
+        both = sys.stdout.isatty()
+        self._live = Live(
+            console=console, auto_refresh=False, get_renderable=self._render, redirect_stdout=both, redirect_stderr=True
+        )
         self._live.start(refresh=True)
         # Handlers of loggers hold the stream itself, past which the table would be drawn.
         for handler in _stream_handlers():
