@@ -65,7 +65,7 @@ def scores_of(
     *,
     label: str,
     door: Door | None = None,
-    watch: Callable[[DataLoader[Any], str], Iterable[Any]] | None = None,
+    watch: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
 ) -> MaskedScores:
     """Evaluate a model on rows, longest first, so that batches hold little padding.
 
@@ -91,12 +91,11 @@ def scores_of(
         collate_fn=collator,
         num_workers=arguments.dataloader_num_workers,
     )
-    if watch is not None:
-        bar = watch(batches, label)
-    else:
-        hidden = not show_progress(arguments)
-        bar = tqdm(batches, desc=label, file=sys.stderr, leave=False, disable=hidden, unit="batch")
-    return evaluate_masked_lm(model, bar, device=arguments.device, autocast=_autocast(arguments), door=door)
+    hidden = watch is not None or not show_progress(arguments)
+    # The bar begins an iteration of its own, which draws a random number: a run is the same watched and unwatched.
+    bar = tqdm(batches, desc=label, file=sys.stderr, leave=False, disable=hidden, unit="batch")
+    seen = bar if watch is None else watch(bar, label)
+    return evaluate_masked_lm(model, seen, device=arguments.device, autocast=_autocast(arguments), door=door)
 
 
 def device_name(device: torch.device) -> str:
