@@ -19,6 +19,7 @@ import threading
 from pathlib import Path
 
 import peft_mlm
+from peft_mlm.console import quiet_libraries
 from peft_mlm.processor import tune_processor
 
 ASSETS = Path(peft_mlm.__file__).parent / "demo_assets"
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
+    quiet_libraries()
     tune_processor()
     master, slave = pty.openpty()
     drawn = [0]
