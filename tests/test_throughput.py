@@ -61,17 +61,14 @@ def test_nothing_is_foreseen_before_the_first_step() -> None:
 
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_logs_count_every_token_but_padding_once(accumulated: int, tmp_path: Path, monkeypatch: Any) -> None:
-    rows = letter_rows(40)
+    rows = letter_rows(36)  # 18 steps, or 6: every step is in a log
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulated, "num_train_epochs": 2}
     trainer = make_trainer(tmp_path, adapted(), rows, logging_steps=3, eval_strategy="steps", eval_steps=3, **settings)
     readings: list[Reading] = []
     read = trainer.throughput.read
     monkeypatch.setattr(trainer.throughput, "read", lambda *given: readings.append(read(*given)) or readings[-1])
-    steps = trainer.train().global_step
-    logged = 3 * (steps // 3) * accumulated * 4  # those after the last log are in none
-    assert logged <= 2 * len(rows)
-    if logged == 2 * len(rows):
-        assert sum(reading.tokens for reading in readings) == 2 * sum(len(ids) for ids in rows["input_ids"])
+    trainer.train()
+    assert sum(reading.tokens for reading in readings) == 2 * sum(len(ids) for ids in rows["input_ids"])
     records = [json.loads(line) for line in trainer.run.metrics.read_text().splitlines()]
     new = {"tokens_per_second", "peak_memory_bytes"}
     for record in records:
