@@ -209,6 +209,12 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def processor() -> str:
+    """Name the CPU."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
 def main() -> None:
     """Make the model, run all ways, print the table and write benchmarks/results/merge.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,6 +246,7 @@ def main() -> None:
         "rounds": given.rounds,
         "medians": summarise(seen),
         "environment": describe_environment("cpu"),
+        "processor": processor(),
     }
     write_json(ROOT / "benchmarks" / "results" / "merge.json", record)
     print(f"{total / 1e9:.1f} GB in {len(shards)} shards, {given.dtype}, {given.layers} layers of {given.hidden}\n")

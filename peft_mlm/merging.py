@@ -29,6 +29,7 @@ from peft_mlm.merge_proof import (
     check_difference,
     compare_text,
     effect_of_rounding,
+    largest_number,
     observe,
     precise_type,
     probe_rows,
@@ -262,7 +263,7 @@ def _compare(
     one, other = expected.seen.precise, given.precise
     assert one is not None
     assert other is not None
-    largest, because = float(one.abs().max()), f"{TOLERANCE:.0e} of the largest logit"
+    largest, because = largest_number(one), f"{TOLERANCE:.0e} of the largest logit"
     if on_probe:
         because += f", and {ROUNDING_MARGIN} times what weights off by the unit of {dtype} change ({on_probe:.1e})"
     text = None
@@ -271,12 +272,12 @@ def _compare(
         text["tolerance"] = TOLERANCE_ON_TEXT * max(1.0, text["max_abs_logit"]) + ROUNDING_MARGIN * on_text
         held = expected.quantised and expected.quantised.text
         text["quantised"] = held.scores.describe() if held else None
-    apart = None if expected.quantised is None else float((expected.quantised.as_run - other).abs().max())
+    apart = None if expected.quantised is None else largest_number(expected.quantised.as_run - other)
     return MergeReport(
-        max_abs_logit_diff=float((one - other).abs().max()),
+        max_abs_logit_diff=largest_number(one - other),
         tolerance=TOLERANCE * max(1.0, largest) + ROUNDING_MARGIN * on_probe,
         tolerance_because=because,
-        max_abs_logit_diff_as_run=float((expected.seen.as_run - given.as_run).abs().max()),
+        max_abs_logit_diff_as_run=largest_number(expected.seen.as_run - given.as_run),
         max_abs_logit=largest,
         top1_agreement=float((one.argmax(-1) == other.argmax(-1)).double().mean()),
         positions=expected.rows.probe.numel(),

@@ -261,6 +261,7 @@ def staged(folder: Path) -> Iterator[Path]:
         try:
             temporary.chmod(0o777 & ~_umask())
             yield temporary
+            open_to_umask(temporary)
             for path in (*temporary.rglob("*"), temporary):
                 sync(path)
             if folder.exists():
@@ -269,6 +270,18 @@ def staged(folder: Path) -> Iterator[Path]:
             sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def open_to_umask(folder: Path) -> None:
+    """Give the files in a folder the permissions of any new file; safetensors writes its own for the owner alone.
+
+    Args:
+        folder: What was written.
+    """
+    ordinary = 0o666 & ~_umask()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode & 0o7777 | ordinary)
 
 
 def sync(path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def streamed_merge(plan: StreamPlan, dtype: str) -> Callable[[Path], Mapping[str
         *_, last = written.values()
         for name in sorted(plan.replaced.keys() - stored.keys()):
             last.append(Part(name, kind, tuple(plan.replaced[name].shape), _whole(plan.replaced[name])))
-        with FollowedFiles() as followed:
+        with _one_thread(), FollowedFiles() as followed:
             for file_name, parts in written.items():
                 write_tensors(folder / file_name, parts, followed)
         if len(written) > 1:
@@ -60,6 +61,21 @@ def streamed_merge(plan: StreamPlan, dtype: str) -> Callable[[Path], Mapping[str
         return {file.name: digest for file, digest in followed.sums.items()}
 
     return write
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute in one thread: blocks of a few rows gain nothing by more.
+
+    Where others hash and write at the same time and there are no more cores than two, threads that wait for each other
+    at every block make the merge ten times slower.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Merger:

@@ -51,7 +51,7 @@ from peft_mlm.rank_schedule import (
     orthogonal_penalty,
 )
 from peft_mlm.resuming import has_training_state, load_training_state, read_schedule_state, write_training_state
-from peft_mlm.run_folder import RunFolder
+from peft_mlm.run_folder import RunFolder, open_to_umask
 
 
 def scores_of(
@@ -323,6 +323,7 @@ class MaskedLMTrainer(Trainer):
             self.save_into(model, folder)
             if isinstance(model, PeftModel):
                 write_training_state(model, folder, self.initial)
+            open_to_umask(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Set what was trained; PEFT would take up training of parameters that a method keeps frozen."""
