@@ -45,6 +45,7 @@ merging: $(VENV)/.installed-dev ## Merge every method on every kind of base, and
 
 bench-merge: $(VENV)/.installed-dev ## Time and weigh a merge file by file against cp and PEFT (8 minutes, 13 GB of disk)
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python scripts/build_merging_table.py --speed_only
 
 quality: $(VENV)/.installed-dev ## Lint, format check, types, layers, docstrings
 	$(BIN)/ruff check .

@@ -18,11 +18,7 @@ STEP, PIECE = 32 * 2**20, 2**20
 
 
 class FollowedFiles:
-    """A context; when it is left, the files that were written in it are hashed and on the disk.
-
-    Attributes:
-        sums: SHA-256 of each file, in hexadecimal digits; complete when the context is left.
-    """
+    """A context; when it is left, the files that were written in it are on the disk, and `sums` has their SHA-256."""
 
     def __init__(self) -> None:
         self.sums: dict[Path, str] = {}

@@ -1,14 +1,16 @@
 """Make docs/merging.md: every method that merges, on every kind of base, with what else an adapter may train.
 
-    .venv/bin/python scripts/build_merging_table.py
+    .venv/bin/python scripts/build_merging_table.py [--speed_only]
 
 It takes some minutes. Each figure of exactness is what `peft-mlm merge` reports of a tiny model of random weights whose
 adapter is moved at random; what `--into original` costs is measured on the shipped antibody model. The figures of speed
-and memory are those of `benchmarks/results/merge.json`, or, where that is not there, those the page has.
+and memory are those of `benchmarks/results/merge.json`, or, where that is not there, those the page has; with
+`--speed_only` nothing else of the page changes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -30,6 +32,7 @@ PAGE_FILE = ROOT / "docs" / "merging.md"
 RESULTS = ROOT / "benchmarks" / "results" / "merge.json"
 TITLES = {"": "the method alone", "head": "with a trained head", "tokens": "with new tokens"}
 LEAST_EFFECT = 1e-3
+SPEED_TITLE = "## Speed and memory\n"
 BITS = {"4 bits (nf4)": "--load_in_4bit", "8 bits": "--load_in_8bit"}
 
 
@@ -99,7 +102,8 @@ def figures(scores: dict[str, float]) -> str:
 def speed() -> str:
     """Write what was measured, with its maker; without results, what the page says already."""
     if not RESULTS.is_file():
-        return PAGE_FILE.read_text(encoding="utf-8").partition("## Speed and memory\n\n")[2].rstrip()
+        page = PAGE_FILE.read_text(encoding="utf-8") if PAGE_FILE.is_file() else ""
+        return page.partition(SPEED_TITLE)[2].strip()
     measured: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
     made = measured["environment"]
     versions = ", ".join(
@@ -119,6 +123,12 @@ def speed() -> str:
 
 def main() -> None:
     """Run everything and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--speed_only", action="store_true", help="take over benchmarks/results/merge.json alone")
+    if parser.parse_args().speed_only:
+        page = PAGE_FILE.read_text(encoding="utf-8")
+        PAGE_FILE.write_text(f"{page.partition(SPEED_TITLE)[0]}{SPEED_TITLE}\n{speed()}\n", encoding="utf-8")
+        return
     quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
