@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-# A file is followed in steps of this many bytes, and read in pieces of so many.
-STEP, PIECE = 32 * 2**20, 2**20
+# A file is hashed in steps of this many bytes, read in pieces of so many, and brought to the disk at these.
+STEP, PIECE, SYNC = 32 * 2**20, 2**20, 256 * 2**20
 
 
 class FollowedFiles:
@@ -39,7 +39,7 @@ class FollowedFiles:
             self.sums |= {file: digest.hexdigest() for file, digest in self._digests.items()}
 
     def grown(self, file: Path, size: int, *, complete: bool = False) -> None:
-        """Tell that a file has grown.
+        """Tell that a file has grown; each file by one thread.
 
         Args:
             file: It is written from its start to its end, and its first `size` bytes no longer change.
@@ -49,7 +49,9 @@ class FollowedFiles:
         seen = self._followed.setdefault(file, 0)
         if size - seen >= STEP or complete:
             self._followed[file] = size
-            self._work += [self._hashing.submit(self._hash, file, seen, size), self._disk.submit(_sync, file)]
+            self._work.append(self._hashing.submit(self._hash, file, seen, size))
+            if size // SYNC > seen // SYNC or complete:
+                self._work.append(self._disk.submit(_sync, file))
 
     def _hash(self, file: Path, start: int, end: int) -> None:
         digest = self._digests.setdefault(file, hashlib.sha256())
