@@ -38,7 +38,7 @@ BITS = {"4 bits (nf4)": "--load_in_4bit", "8 bits": "--load_in_8bit"}
 
 def number(value: float) -> str:
     """Write a difference with one digit."""
-    return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
+    return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-").replace("e+00", "")
 
 
 def cell(base: Path, folder: Path, method: str, variant: str | None, kind: str, case: str) -> str:
@@ -179,6 +179,8 @@ model, with the training of `peft-mlm demo`, on mouse genes that were not traine
 
 {cost}
 
+In 8 bits the inputs of each layer are rounded too while the adapter runs, which no float model repeats.
+
 ## Types
 
 Sums are made in float64 (in float32 for models of more than 500 million parameters), and rounded once to `--dtype`:
@@ -192,8 +194,8 @@ The folder that was written is loaded afresh and compared with base + adapter:
   in float64, so that nothing but what was written counts. Allowed are 1e-5 of the largest logit; in 16 bits, and where
   weights are so large that float32 rounds them visibly, also twice what it changes to move every merged weight by the
   unit of the type, up or down at random;
-* on real text: that of `--validation_file` (and `--rows` and the like from the run), or the run's own evaluation text,
-  64 rows of it or `--max_eval_samples`; computed in float32, read and masked as `peft-mlm evaluate` does it.
+* on real text: that of `--validation_file`, or the run's own evaluation text, 64 rows of it or `--max_eval_samples`,
+  made, read and masked as `peft-mlm evaluate` does it; computed in float32.
 
 Over tolerance nothing is left, and the message says by how much. `merge_report.json` in the folder keeps it:
 

@@ -13,7 +13,7 @@ from scripts.build_merging_table import TITLES, cell
 from tests.matrix_of_merges import CASES, KINDS, refusal, rows, save_merge_base
 
 PAGE = (Path(__file__).parent.parent / "docs" / "merging.md").read_text(encoding="utf-8")
-FIGURE = re.compile(r"(?<![\w.])(\d+e-?\d+|0)(?![\w.])")
+FIGURE = re.compile(r"(?<![\w.])(\d+(?:e[-+]?\d+)?)(?![\w.])")
 # Cells that are merged again: each kind of base, each case, both ways of merging.
 AGAIN = (
     ("lora", None, "float32", ""), ("lora", "dora", "bfloat16", "head"), ("vera", None, "float32", ""),
