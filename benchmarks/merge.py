@@ -5,9 +5,9 @@
 
 A BERT with random weights is written in shards, with a LoRA adapter of rank 16 on all linear layers of its encoder. The
 ways take turns (cp, ours, cp, ...; PEFT in the first round), each in a process of its own; seconds count from after its
-imports. Every way ends with its files on the disk (fsync). Before each, the base is dropped from the page cache where the
-system does so (cold), or read once (warm). Peak memory is VmHWM, reset after the imports; the share of the imports is
-told. It needs three times the model on disk, and is deleted afterwards.
+imports. Every way ends with its files on the disk (fsync). Before each, the base is dropped from the page cache where
+the system does so (cold), or read once (warm). Peak memory is VmHWM, reset after the imports; the share of the imports
+is told. It needs three times the model on disk, and is deleted afterwards.
 """
 
 from __future__ import annotations
