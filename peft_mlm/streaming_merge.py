@@ -29,6 +29,7 @@ from peft_mlm.merge_proof import precise_type
 from peft_mlm.stream_plan import StreamPlan
 from peft_mlm.tensor_files import TYPES, Part, StoredTensor, read_blocks, read_tensor, write_tensors
 
+# Each is read, computed and written in one thread; more than two would wait for the disk.
 FILES_AT_A_TIME = 2
 
 
@@ -73,7 +74,8 @@ def _write_all(files: Mapping[Path, list[Part]], followed: FollowedFiles) -> Non
         try:
             for one in work:
                 one.result()
-        except BaseException:
+        except BaseException:  # an interrupt too: what others write is not waited for
+            followed.stopped = True
             writers.shutdown(wait=False, cancel_futures=True)
             raise
 
