@@ -22,7 +22,6 @@ class FollowedFiles:
 
     def __init__(self) -> None:
         self.sums: dict[Path, str] = {}
-        self.stopped = False
         self._digests: dict[Path, Any] = {}
         self._followed: dict[Path, int] = {}
         self._hashing, self._disk = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
@@ -40,18 +39,13 @@ class FollowedFiles:
             self.sums |= {file: digest.hexdigest() for file, digest in self._digests.items()}
 
     def grown(self, file: Path, size: int, *, complete: bool = False) -> None:
-        """Tell that a file has grown; each file by one thread.
+        """Tell that a file has grown.
 
         Args:
             file: It is written from its start to its end, and its first `size` bytes no longer change.
             size: Its bytes.
             complete: Whether these are all of it.
-
-        Raises:
-            InterruptedError: `stopped` was set, in another thread: what is written is not wanted any more.
         """
-        if self.stopped:
-            raise InterruptedError
         seen = self._followed.setdefault(file, 0)
         if size - seen >= STEP or complete:
             self._followed[file] = size

@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -28,9 +26,6 @@ from peft_mlm.head_mapping import WEIGHTS_INDEX
 from peft_mlm.merge_proof import precise_type
 from peft_mlm.stream_plan import StreamPlan
 from peft_mlm.tensor_files import TYPES, Part, StoredTensor, read_blocks, read_tensor, write_tensors
-
-# Each is read, computed and written in one thread; more than two would wait for the disk.
-FILES_AT_A_TIME = 2
 
 
 def streamed_merge(plan: StreamPlan, dtype: str) -> Callable[[Path], Mapping[str, str]]:
@@ -56,7 +51,8 @@ def streamed_merge(plan: StreamPlan, dtype: str) -> Callable[[Path], Mapping[str
         for name in sorted(plan.replaced.keys() - stored.keys()):
             last.append(Part(name, kind, tuple(plan.replaced[name].shape), _whole(plan.replaced[name])))
         with _one_thread(), FollowedFiles() as followed:
-            _write_all({folder / name: parts for name, parts in written.items()}, followed)
+            for file_name, parts in written.items():
+                write_tensors(folder / file_name, parts, followed)
         if len(written) > 1:
             _write_index(folder, written)
         config = plan.base.model.config
@@ -67,25 +63,12 @@ def streamed_merge(plan: StreamPlan, dtype: str) -> Callable[[Path], Mapping[str
     return write
 
 
-def _write_all(files: Mapping[Path, list[Part]], followed: FollowedFiles) -> None:
-    """Write some files at a time: one waits for its bytes while another is computed."""
-    with ThreadPoolExecutor(max_workers=FILES_AT_A_TIME) as writers:
-        work = [writers.submit(write_tensors, file, parts, followed) for file, parts in files.items()]
-        try:
-            for one in work:
-                one.result()
-        except BaseException:  # an interrupt too: what others write is not waited for
-            followed.stopped = True
-            writers.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let torch compute in one thread for each file: blocks of a few rows gain nothing by more.
+    """Let torch compute in one thread: blocks of a few rows gain nothing by more.
 
-    Where files are hashed and written at the same time and cores are few, threads of one block that wait for each other
-    make the merge ten times slower.
+    Where another thread hashes what was written and cores are few, threads that wait for each other at every block make
+    the merge ten times slower.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -103,14 +86,12 @@ class _Merger:
         self.precise = precise_type(plan.model.get_base_model())
         cast_with_adapter(plan.model, self.precise)
         self.made: dict[str, torch.Tensor] = {}
-        self.one_layer = Lock()
 
     def __call__(self, name: str) -> torch.Tensor:
-        with self.one_layer:
-            if name not in self.made:
-                self.made = {}  # let the last layer go before the next one is read
-                self.made = self._merge(self.plan.layers[name], name.rpartition(".")[0])
-            return self.made.pop(name)
+        if name not in self.made:
+            self.made = {}  # let the last layer go before the next one is read
+            self.made = self._merge(self.plan.layers[name], name.rpartition(".")[0])
+        return self.made.pop(name)
 
     def _merge(self, layer: BaseTunerLayer, owner: str) -> dict[str, torch.Tensor]:
         inner = layer.get_base_layer()

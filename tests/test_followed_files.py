@@ -50,11 +50,3 @@ def test_an_error_in_the_block_is_the_one_that_is_raised(tmp_path: Path) -> None
 
     with pytest.raises(KeyboardInterrupt):
         stopped()
-
-
-def test_writing_that_is_stopped_ends_at_the_next_piece(tmp_path: Path) -> None:
-    with FollowedFiles() as followed:
-        followed.stopped = True
-        with pytest.raises(InterruptedError):
-            write(tmp_path / "file", [b"one", b"two"], followed)
-    assert (tmp_path / "file").read_bytes() == b"one"

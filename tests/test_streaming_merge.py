@@ -128,13 +128,12 @@ def test_shards_stay_shards_in_every_type(stored: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["dora", "lora bias", "tokens and dora"])
-def test_layers_whose_parts_lie_in_files_that_are_written_at_the_same_time(case: str, tmp_path: Path) -> None:
+def test_layers_whose_parts_lie_in_several_files(case: str, tmp_path: Path) -> None:
     tiny_model("bert").save_pretrained(tmp_path / "base", max_shard_size="4KB")  # weight and bias of a layer apart
     letter_tokenizer().save_pretrained(tmp_path / "base")
     adapter = lora(tmp_path / "base", tmp_path / "adapter", **CASES[case])
     theirs = weights(built(tmp_path / "base", adapter, tmp_path / "built"))
-    for number in range(5):
-        assert same(weights(streamed(tmp_path / "base", adapter, tmp_path / str(number))), theirs)
+    assert same(weights(streamed(tmp_path / "base", adapter, tmp_path / "streamed")), theirs)
 
 
 def test_an_error_in_one_of_many_files_is_that_of_the_merge(tmp_path: Path) -> None:
