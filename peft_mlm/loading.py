@@ -6,6 +6,7 @@ merged model) belongs to that run. The base's vocabulary is made as long as the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,8 +99,9 @@ def resolve_target(name_or_path: str, *, base: str | None = None, part: Part = "
     """Find out what a name or path is, and which base belongs to it.
 
     Args:
-        name_or_path: A run folder, the folder or hub name of an adapter, or the folder or hub name of a model.
-        base: Base model to use instead of the recorded one.
+        name_or_path: A run folder, the folder or hub name of an adapter, or the folder or hub name of a model; behind a
+            hub name a revision may follow (org/name@v1).
+        base: Base model to use instead of the recorded one; the same.
         part: "base" leaves the adapter (or the training) out.
 
     Returns:
@@ -330,13 +332,11 @@ def _resolve_adapter(folder: Path, base: str | None, part: Part) -> Target:
         arguments = read_arguments(RunFolder(run).arguments, for_training=False)
         model = with_tokenizer_of(arguments.model, folder)
         return Target("adapter", _with_base(model, base), adapter, arguments, run)
-    name = base or config.get("base_model_name_or_path")
-    if not name:
+    name = config.get("base_model_name_or_path")
+    if base is None and not name:
         raise AdapterError(f"The adapter {folder} does not name its base model. Give it with --base.")
-    revision = config.get("revision") if base is None else None
-    return Target(
-        "adapter", ModelArguments(model_name_or_path=name, model_revision=revision or "main"), adapter, None, None
-    )
+    recorded = ModelArguments(model_name_or_path=name, model_revision=config.get("revision") or "main")
+    return Target("adapter", _with_base(recorded, base), adapter, None, None)
 
 
 def _resolve_model(name_or_path: str, base: str | None, part: Part) -> Target:
@@ -346,7 +346,7 @@ def _resolve_model(name_or_path: str, base: str | None, part: Part) -> Target:
         if part == "base":
             raise ModelError(f"{name_or_path} is a model without adapter: the base itself. Leave --use_base out.")
         _refuse_base(name_or_path, base)
-        return Target("model", ModelArguments(model_name_or_path=name_or_path), None, None, None)
+        return Target("model", _model_named(name_or_path), None, None, None)
     arguments = read_arguments(RunFolder(run).arguments, for_training=False)
     if part == "base":
         return Target("model", _base_of_run(run, arguments, base), None, arguments, run)
@@ -373,7 +373,10 @@ def _refuse_base(name_or_path: str | Path, base: str | None) -> None:
 
 
 def _with_base(arguments: ModelArguments, base: str | None) -> ModelArguments:
-    return arguments if base is None else replace(arguments, model_name_or_path=base, model_revision="main")
+    if base is None:
+        return arguments
+    named = _model_named(base)
+    return replace(arguments, model_name_or_path=named.model_name_or_path, model_revision=named.model_revision)
 
 
 def _locate_adapter(name_or_path: str) -> Path | None:
@@ -383,11 +386,27 @@ def _locate_adapter(name_or_path: str) -> Path | None:
     return None if path.exists() else _adapter_on_hub(name_or_path)
 
 
+def _parted(name: str) -> tuple[str, str]:
+    """Part a hub name from a revision behind it (org/name@v1); a folder that is there keeps its name."""
+    parts = re.fullmatch(r"([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)@([\w./-]+)", name)
+    return (parts[1], parts[2]) if parts and not Path(name).exists() else (name, "main")
+
+
+def _model_named(name: str) -> ModelArguments:
+    parted, revision = _parted(name)
+    return ModelArguments(model_name_or_path=parted, model_revision=revision)
+
+
 def _adapter_on_hub(name: str) -> Path | None:
     """Fetch an adapter from the hub; None where that name is no adapter there (a model, or nothing)."""
+    name, revision = _parted(name)
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         return None
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    options = {
+        "revision": revision,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
     try:
         config = cached_file(name, ADAPTER_CONFIG, **options)
         if config is None:

@@ -121,6 +121,24 @@ def test_a_private_repository_a_branch_and_a_message(full_run: Path, open_hub: H
     assert set(files_of(open_hub, "org/public")) == {"README.md"}
 
 
+def test_adapters_and_bases_are_loaded_by_name_and_revision_and_again_offline(
+    trained_run: Path, base_folder: Path, other_base: Path, open_hub: Hub
+) -> None:
+    commit = open_hub.publish("models", "org/base", base_folder)
+    open_hub.publish("models", "org/base", other_base)
+    assert push(open_hub, trained_run, "org/a", "--revision", "v1").code == 0
+    expected = peft_mlm.fill_mask(str(trained_run), "ABC<mask>EF")
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        words = ["fill-mask", "org/a@v1", "ABC<mask>EF", "--base", f"org/base@{commit}", "--json"]
+        (given,) = run(open_hub, *words, token=None, **environment).record["results"]
+        assert given["filled"] == expected[0]["filled"]
+        probabilities = [[p["probability"] for p in r["masks"][0]["predictions"]] for r in (given, expected[0])]
+        assert probabilities[0] == pytest.approx(probabilities[1], rel=1e-5)
+    newest = run(open_hub, "fill-mask", "org/a@v1", "ABC<mask>EF", "--base", "org/base", token=None)
+    assert "org/base is not the base" in newest.fault
+    assert "hf download org/a --local-dir a" in run(open_hub, "inspect", "org/a", token=None).fault
+
+
 def test_pushed_again_it_stays_as_it_is(adapter: Path, open_hub: Hub) -> None:
     first = push(open_hub, adapter, "org/a", "--json").record["commit"]
     assert push(open_hub, adapter, "org/a", "--json").record["commit"] == first
@@ -179,9 +197,11 @@ def test_offline_and_without_a_token_nothing_is_asked(trained_run: Path, open_hu
 @pytest.mark.parametrize(
     ("token", "faults", "said"),
     [
-        ("hf_wrong", [], "does not accept the token for org/a (401)"),
-        ("hf_reader", [], "has no right to write to org/a (403)"),
+        ("hf_wrong", [], "does not accept the token for org/a (401). It is that of HF_TOKEN: set another one"),
+        ("hf_reader", [], "has no right to write to org/a (403). Take one with write access to org, or push to"),
         ("hf_writer", [Fault("commit", 403)], "has no right to write to org/a (403)"),
+        ("hf_writer", [Fault("preupload", 404)], "knows no org/a that this token may write to (404). Look at the name"),
+        ("hf_writer", [Fault("large", 412, method="PUT")], "Somebody else has written to org/a in between (412)"),
         ("hf_writer", [Fault("repos/create", 500)], "The hub failed (500)"),
         ("hf_writer", [Fault("commit", 500)], "The hub failed (500)"),
         ("hf_writer", [Fault("preupload", 429)], "asks to wait (429"),
@@ -198,6 +218,7 @@ def test_a_refusing_or_failing_hub_is_one_sentence_and_a_later_push_completes(
     fault = push(open_hub, trained_run, "org/a", token=token).fault
     assert said in fault
     assert "Nothing was published" in fault
+    assert ("are not sent again" in fault) is any("/preupload/" in path for _, path, _ in open_hub.requests)
     assert token not in fault
     assert all(set(repo.revisions[c]) <= {".gitattributes"} for repo in open_hub.repos.values() for c in repo.revisions)
     open_hub.faults.clear()
