@@ -197,7 +197,7 @@ def upload(plan: Upload, destination: Destination, commit_message: str | None = 
         commit_message: What stands in the history.
 
     Returns:
-        `commit` and `url` of it.
+        `commit` and `url` of it, and `changed`: False where all of it was there already, and no commit was made.
 
     Raises:
         HubError: The hub is not reached, or refuses; the message says why, and never holds the token.
@@ -211,8 +211,32 @@ def upload(plan: Upload, destination: Destination, commit_message: str | None = 
         operations = [
             CommitOperationAdd(file.relative_to(folder).as_posix(), _content(file, repo_id)) for file in plan.files
         ]
+        before = api.repo_info(repo_id, revision=destination.revision).sha
         done = api.create_commit(repo_id, operations, commit_message=message, revision=destination.revision)
-    return {"commit": done.oid, "url": str(done.commit_url)}
+    return {"commit": done.oid, "url": str(done.commit_url), "changed": done.oid != before}
+
+
+def missing_for_others(shipped: Shipped) -> list[str]:
+    """Find what those who load an upload will not have.
+
+    Args:
+        shipped: An adapter or a model.
+
+    Returns:
+        Sentences; none where all is on the hub.
+    """
+    card = shipped.folder / CARD
+    if shipped.kind == "model":
+        return []
+    if not card.is_file():
+        return [f"There is no card ({CARD}): the hub will not know what it is, nor its base."]
+    metadata = card.read_text(encoding="utf-8", errors="replace").split("---\n")[1:2]
+    if metadata and not re.search(r"^base_model:", metadata[0], re.MULTILINE):
+        return [
+            "The card names no base on the hub: whoever loads the adapter must have its base, and give it by --base. "
+            f"If that is there too, say so: write `base_model: OWNER/NAME` between the lines `---` of {CARD}."
+        ]
+    return []
 
 
 def _content(file: Path, repo_id: str) -> str | bytes:

@@ -140,8 +140,22 @@ def test_adapters_and_bases_are_loaded_by_name_and_revision_and_again_offline(
 
 
 def test_pushed_again_it_stays_as_it_is(adapter: Path, open_hub: Hub) -> None:
-    first = push(open_hub, adapter, "org/a", "--json").record["commit"]
-    assert push(open_hub, adapter, "org/a", "--json").record["commit"] == first
+    first = push(open_hub, adapter, "org/a", "--json").record
+    again = push(open_hub, adapter, "org/a", "--json").record
+    assert (first["commit"], first["changed"], again["changed"]) == (again["commit"], True, False)
+    assert "nothing new" in push(open_hub, adapter, "org/a").out
+
+
+def test_a_base_that_others_do_not_have_is_told(adapter: Path, command: Command) -> None:
+    assert "The base was taken from a folder" in (adapter / "README.md").read_text()
+    (notice,) = command("push", adapter, "org/a", "--dry_run", "--json").record["notices"]
+    assert "The card names no base on the hub" in notice
+    assert notice in command("push", adapter, "org/a", "--dry_run").out
+    card = (adapter / "README.md").read_text().replace("---\n", "---\nbase_model: org/base\n", 1)
+    (adapter / "README.md").write_text(card)
+    assert command("push", adapter, "org/a", "--dry_run", "--json").record["notices"] == []
+    (adapter / "README.md").unlink()
+    assert "no card" in command("push", adapter, "org/a", "--dry_run", "--json").record["notices"][0]
 
 
 def test_a_dry_run_needs_no_network_and_tells_what_would_go_up(adapter: Path, command: Command) -> None:
