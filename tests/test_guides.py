@@ -10,7 +10,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,30 +21,34 @@ from tests.hub_server import Hub
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(peft_mlm.__file__).parent / "demo_assets"
 GUIDES = ("shipping.md", "using.md")
-TRAIN = """
-import peft_mlm, sys
-for species in ("mouse", "human"):
-    text = f"{sys.argv[1]}/germline/{species}_validation.fasta"
-    peft_mlm.train({
-        "model_name_or_path": "org/sapiens-vh", "train_file": text, "rows": "line", "use_lora": True, "max_steps": 2,
-        "learning_rate": 1e-2, "do_eval": False, "output_dir": f"runs/{species}",
-    })
-"""
-# All blocks of a guide in one process, the Python ones in one namespace.
+# All in one process, since importing the libraries is what takes long: two runs, then each guide in a folder of its
+# own, the Python blocks of a guide in one namespace.
 RUN = """
-import json, shlex, sys
+import json, os, shlex, sys
+import peft_mlm
 from peft_mlm.cli import main
-names = {}
-for language, text in json.loads(sys.argv[1]):
-    if language == "python":
-        exec(text, names)
-        continue
-    for line in text.splitlines():
-        words = shlex.split(line, comments=True)
-        assert words[0] == "peft-mlm", line
-        code = main(words[1:])
-        assert code == 0, (line, code)
-exec(sys.argv[2], names)
+assets, guides = sys.argv[1], json.loads(sys.argv[2])
+for species in ("mouse", "human"):
+    peft_mlm.train({
+        "model_name_or_path": "org/sapiens-vh", "train_file": f"{assets}/germline/{species}_validation.fasta",
+        "rows": "line", "use_lora": True, "max_steps": 2, "learning_rate": 1e-2, "do_eval": False,
+        "output_dir": f"runs/{species}",
+    })
+root = os.getcwd()
+for guide, (blocks, afterwards) in guides.items():
+    os.mkdir(f"{root}/{guide}")
+    os.chdir(f"{root}/{guide}")
+    os.symlink("../runs", "runs")
+    names = {}
+    for language, text in [*blocks, ["python", afterwards]]:
+        if language == "python":
+            exec(compile(text, guide, "exec"), names)
+            continue
+        for line in text.splitlines():
+            words = shlex.split(line, comments=True)
+            assert words[0] == "peft-mlm", line
+            code = main(words[1:])
+            assert code == 0, (guide, line, code)
 """
 # What must hold when the blocks have run.
 AFTERWARDS = {
@@ -67,7 +70,7 @@ for part in (fresh, tagger.base_model.state_dict(), other):
 with torch.no_grad():
     from transformers import AutoModelForMaskedLM
     expected = AutoModelForMaskedLM.from_pretrained("merged").eval()(**batch).logits
-    assert abs(expected - torch.from_numpy(globals()["session"].run(None, feed)[0])).max() < 1e-3
+    assert abs(expected - torch.from_numpy(session.run(None, feed)[0])).max() < 1e-3
     means = encoder.eval()(**batch).last_hidden_state.mean(1)  # nothing is padded
     assert abs(means - torch.from_numpy(vectors)).max() < 1e-4
     assert half.dtype == torch.bfloat16
@@ -84,33 +87,19 @@ def blocks_of(guide: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(sh|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def run(script: str, *arguments: str, folder: Path, env: dict[str, str]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A folder with two runs, and the environment of a hub that has their base."""
-    folder = tmp_path_factory.mktemp("guides")
-    with Hub(folder / "hf_home") as hub:
+def test_the_guides_run_as_they_stand(tmp_path: Path) -> None:
+    guides = {guide: (blocks_of(guide), AFTERWARDS[guide]) for guide in GUIDES}
+    for blocks, _ in guides.values():
+        assert {language for language, _ in blocks} == {"sh", "python"}
+    with Hub(tmp_path / "hf_home") as hub:
         hub.writers.add("hf_writer")
         hub.publish("models", "org/sapiens-vh", ASSETS / "sapiens_vh")
-        env = {**hub.env, "HF_TOKEN": "hf_writer", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        run(TRAIN, str(ASSETS), folder=folder, env=env)
-        yield folder, env
-
-
-@pytest.mark.parametrize("guide", GUIDES)
-def test_a_guide_runs_as_it_stands(guide: str, world: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    folder, env = world
-    (tmp_path / "runs").symlink_to(folder / "runs")
-    blocks = blocks_of(guide)
-    assert {language for language, _ in blocks} == {"sh", "python"}
-    run(RUN, json.dumps(blocks), AFTERWARDS[guide], folder=tmp_path, env=env)
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, str(ASSETS), json.dumps(guides)],
+            cwd=tmp_path, env={**hub.env, "HF_TOKEN": "hf_writer", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("guide", GUIDES)
