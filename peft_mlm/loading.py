@@ -6,36 +6,27 @@ merged model) belongs to that run. The base's vocabulary is made as long as the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from peft_mlm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder, load_adapter
 from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.arguments import ModelArguments
-from peft_mlm.base_recipe import BASE_RECIPE, with_base_recipe
+from peft_mlm.base_recipe import with_base_recipe
 from peft_mlm.checkpoint import load_outline
 from peft_mlm.config import Arguments, read_arguments
 from peft_mlm.errors import AdapterError, ArgumentsError, ModelError
-from peft_mlm.fingerprint import BASE_FINGERPRINT, changed_weights, misfits, read_fingerprint
+from peft_mlm.fingerprint import changed_weights, misfits, read_fingerprint
+from peft_mlm.hub_names import adapter_on_hub, parted
 from peft_mlm.model import Base, brings_tokenizer, load_base, with_tokenizer_of
 from peft_mlm.quantization import dequantise
 from peft_mlm.run_folder import RunFolder, is_run_folder
-from peft_mlm.training_facts import TRAINING_FACTS, changed_tokenizer
+from peft_mlm.training_facts import changed_tokenizer
 
-FILES_OF_ADAPTER = (
-    "adapter_model.safetensors",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    BASE_RECIPE,
-    BASE_FINGERPRINT,
-    TRAINING_FACTS,
-)
 Part = Literal["adapted", "base"]
 Loads = TypeVar("Loads")
 
@@ -383,36 +374,9 @@ def _locate_adapter(name_or_path: str) -> Path | None:
     path = Path(name_or_path).expanduser()
     if (path / ADAPTER_CONFIG).is_file():
         return path
-    return None if path.exists() else _adapter_on_hub(name_or_path)
-
-
-def _parted(name: str) -> tuple[str, str]:
-    """Part a hub name from a revision behind it (org/name@v1); a folder that is there keeps its name."""
-    parts = re.fullmatch(r"([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)@([\w./-]+)", name)
-    return (parts[1], parts[2]) if parts and not Path(name).exists() else (name, "main")
+    return None if path.exists() else adapter_on_hub(name_or_path)
 
 
 def _model_named(name: str) -> ModelArguments:
-    parted, revision = _parted(name)
-    return ModelArguments(model_name_or_path=parted, model_revision=revision)
-
-
-def _adapter_on_hub(name: str) -> Path | None:
-    """Fetch an adapter from the hub; None where that name is no adapter there (a model, or nothing)."""
-    name, revision = _parted(name)
-    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        return None
-    options = {
-        "revision": revision,
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    try:
-        config = cached_file(name, ADAPTER_CONFIG, **options)
-        if config is None:
-            return None
-        for file in FILES_OF_ADAPTER:
-            cached_file(name, file, **options)
-    except (OSError, ValueError):
-        return None
-    return Path(config).parent
+    named, revision = parted(name)
+    return ModelArguments(model_name_or_path=named, model_revision=revision)
