@@ -56,7 +56,7 @@ AFTERWARDS = {
 import torch
 ids = torch.tensor([[0, 7, 24, 9, 10, 11, 2]])
 alone = peft_mlm.load("runs/mouse").model(input_ids=ids).logits
-assert torch.equal(loaded.model(input_ids=ids).logits, alone)
+assert abs(loaded.model(input_ids=ids).logits - alone).max() < 1e-5
 assert both.names == ["mouse-vh", "mouse-vh@v1"]
 assert both.base.name_or_path == "org/sapiens-vh"
 """,
