@@ -59,7 +59,7 @@ def push(hub: Hub, *words: object, token: str | None = "hf_writer", **environmen
 
 
 def run(hub: Hub, *words: object, token: str | None = "hf_writer", **environment: str) -> Answer:
-    env = {**hub.env, "PYTHONPATH": str(Path(peft_mlm.__file__).parent.parent), **environment}
+    env = {**hub.env, "PYTHONPATH": str(Path(peft_mlm.__file__).parent.parent), "OMP_NUM_THREADS": "1", **environment}
     env |= {"HF_TOKEN": token} if token else {}
     done = subprocess.run(
         [sys.executable, "-c", PUSH, *map(str, words)], env=env, capture_output=True, text=True, timeout=100
