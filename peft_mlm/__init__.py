@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peft_mlm.adapter_set import load
     from peft_mlm.commands.combine import combine
     from peft_mlm.commands.convert import convert
+    from peft_mlm.commands.doctor import doctor
     from peft_mlm.commands.evaluate import evaluate
     from peft_mlm.commands.export import export
     from peft_mlm.commands.extract import extract
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "combine",
     "convert",
+    "doctor",
     "evaluate",
     "export",
     "extract",
@@ -43,6 +45,7 @@ _MODULES = {
     "train": "peft_mlm.commands.train",
     "combine": "peft_mlm.commands.combine",
     "convert": "peft_mlm.commands.convert",
+    "doctor": "peft_mlm.commands.doctor",
     "evaluate": "peft_mlm.commands.evaluate",
     "extract": "peft_mlm.commands.extract",
     "fill_mask": "peft_mlm.commands.fill_mask",

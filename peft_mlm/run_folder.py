@@ -7,6 +7,7 @@
     metrics.jsonl     one record per log and evaluation
     summary.json      status, figures before and after, parameters, bytes, seconds
     checkpoints/      checkpoint-N, to resume from
+    tensorboard/      with --report_to tensorboard
     adapter/          the adapter (or model/, where the whole model was trained)
 
 Files are written to a temporary name and renamed, so that a reader sees an old or a new one, never half of one.
@@ -81,6 +82,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Checkpoints to resume from."""
         return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """What TensorBoard shows, with `report_to`."""
+        return self.path / "tensorboard"
 
     @property
     def adapter(self) -> Path:

@@ -8,10 +8,10 @@ this happens here.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,13 @@ from transformers.utils import is_liger_kernel_available
 
 from peft_mlm.batch_finder import train_in_what_fits, use_batch
 from peft_mlm.batching import LengthBatches, row_lengths
-from peft_mlm.callbacks import EpochOf, MetricsFile, Progress, show_progress
+from peft_mlm.callbacks import EpochOf, EvaluationLines, MetricsFile, show_progress
 from peft_mlm.compiling import compile_layers
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.fused_lora import fused_lora
 from peft_mlm.gathered_head import Door, base_of, find_door
 from peft_mlm.initialization import Matrices
+from peft_mlm.live_table import LiveTable, can_draw
 from peft_mlm.metrics import MaskedScores, evaluate_masked_lm, masked_lm_loss
 from peft_mlm.optimizers import check_lorafa, check_loraplus, lorafa_optimizer, loraplus_optimizer
 from peft_mlm.out_of_memory import DoesNotFitError, is_out_of_memory
@@ -50,8 +51,10 @@ from peft_mlm.rank_schedule import (
     load_schedule_state,
     orthogonal_penalty,
 )
+from peft_mlm.reporting import reports_in
 from peft_mlm.resuming import has_training_state, load_training_state, read_schedule_state, write_training_state
 from peft_mlm.run_folder import RunFolder, open_to_umask
+from peft_mlm.throughput import Throughput
 
 
 def scores_of(
@@ -62,6 +65,7 @@ def scores_of(
     *,
     label: str,
     door: Door | None = None,
+    watch: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
 ) -> MaskedScores:
     """Evaluate a model on rows, longest first, so that batches hold little padding.
 
@@ -74,6 +78,7 @@ def scores_of(
         arguments: Batch size, device, precision, workers.
         label: What the progress bar says.
         door: From `find_door`; None (default) runs the head at every position.
+        watch: Passes the batches on and shows how far it is, by the label; None (default) is a progress bar.
 
     Returns:
         Sums over all rows (over all processes, where several run).
@@ -86,8 +91,11 @@ def scores_of(
         collate_fn=collator,
         num_workers=arguments.dataloader_num_workers,
     )
-    bar = tqdm(batches, desc=label, file=sys.stderr, leave=False, disable=not show_progress(arguments), unit="batch")
-    return evaluate_masked_lm(model, bar, device=arguments.device, autocast=_autocast(arguments), door=door)
+    hidden = watch is not None or not show_progress(arguments)
+    # The bar begins an iteration of its own, which draws a random number: a run is the same watched and unwatched.
+    bar = tqdm(batches, desc=label, file=sys.stderr, leave=False, disable=hidden, unit="batch")
+    seen = bar if watch is None else watch(bar, label)
+    return evaluate_masked_lm(model, seen, device=arguments.device, autocast=_autocast(arguments), door=door)
 
 
 def device_name(device: torch.device) -> str:
@@ -167,8 +175,10 @@ class MaskedLMTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(EpochOf(self.data_collator))
-        self.add_callback(MetricsFile(run))
-        self.add_callback(Progress())
+        self.throughput = Throughput()
+        self.live_table = LiveTable(self.throughput)
+        for callback in (self.throughput, MetricsFile(run), EvaluationLines(), self.live_table):
+            self.add_callback(callback)
         self.schedule = RankSchedule() if has_rank_schedule(self.model) else None
         if (self.initial or self.schedule) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ArgumentsError(
@@ -218,7 +228,12 @@ class MaskedLMTrainer(Trainer):
         self.scores_at = {}
         whole = not (self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled)
         train = partial(super().train, *args, **options)
-        with fused_lora(self.model) if whole else contextlib.nullcontext():
+        drawn = show_progress(self.args) and can_draw()
+        with (
+            reports_in(self.run, self.callback_handler.callbacks),
+            self.live_table if drawn else nullcontext(),
+            fused_lora(self.model) if whole else nullcontext(),
+        ):
             return train_in_what_fits(self, train) if self.args.auto_find_batch_size else train()
 
     def _inner_training_loop(self, batch_size: int | None = None, **options: Any) -> Any:
@@ -248,6 +263,8 @@ class MaskedLMTrainer(Trainer):
     ) -> Any:
         """Sum of the cross-entropies / masked tokens of the whole accumulated batch (of all processes)."""
         labels = inputs.pop("labels")
+        if model.training:
+            self.throughput.count(inputs["attention_mask"])
         smoothing = self.args.label_smoothing_factor
         loss = masked_lm_loss(model, inputs, labels, num_items_in_batch, label_smoothing=smoothing, door=self.door)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -275,8 +292,9 @@ class MaskedLMTrainer(Trainer):
         return super().create_optimizer(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the ranks that are left where a schedule cuts them, and the penalty that the loss contains."""
+        """Log, with speed and memory, the ranks that a schedule has left, and the penalty that the loss contains."""
         more: dict[str, float] = dict(describe_ranks(self.model, self.state.global_step))
+        more |= self.throughput.read(self.accelerator).describe() if "loss" in logs else {}
         penalty = orthogonal_penalty(self.model) if "loss" in logs else None
         more |= {} if penalty is None else {"orthogonal_penalty": penalty.item()}
         super().log({**logs, **more}, start_time)
@@ -303,7 +321,11 @@ class MaskedLMTrainer(Trainer):
 
     def measure(self, rows: Dataset, *, label: str) -> MaskedScores:
         """Evaluate the model as it is, and log nothing."""
-        return scores_of(self.model, rows, self.eval_collator, self.args, label=label, door=self.door)
+        started = time.perf_counter()
+        watch = self.live_table.watch if self.live_table.is_shown else None
+        scores = scores_of(self.model, rows, self.eval_collator, self.args, label=label, door=self.door, watch=watch)
+        self.throughput.evaluation_seconds = time.perf_counter() - started
+        return scores
 
     def measure_trained(self, *, label: str) -> MaskedScores:
         """Evaluate the model that training left; where it was evaluated as it is, give those figures."""
@@ -353,5 +375,5 @@ def _autocast(arguments: TrainingArguments) -> Callable[[], Any]:
     """The precision of evaluation: that of training, before the first step as after the last."""
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     if dtype is None:
-        return contextlib.nullcontext
+        return nullcontext
     return lambda: torch.autocast(arguments.device.type, dtype=dtype)

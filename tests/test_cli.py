@@ -23,6 +23,7 @@ ARGUMENTS = {
     "inspect": ("base",),
     "verify": (),
     "push": ("private", "revision", "commit_message", "dry_run"),
+    "doctor": (),
     "demo": ("output_dir",),
 }
 # The signal comes while the command reads standard input.

@@ -16,6 +16,7 @@ from peft_mlm.errors import HubError, PeftMlmError
 from peft_mlm.hub import Destination, destination_of, open_repository, plan_upload, upload
 from peft_mlm.model_checks import check_before_loading, check_training
 from peft_mlm.out_of_memory import memory_told
+from peft_mlm.reporting import asked_reporters, check_reporters
 from peft_mlm.run_folder import (
     RunFolder,
     check_output_dir,
@@ -111,6 +112,7 @@ def run_training(arguments: Arguments) -> TrainResult:
 
 def _run(arguments: Arguments) -> TrainResult:
     started = time.perf_counter()
+    check_reporters(asked_reporters(arguments.training))
     run = RunFolder(Path(arguments.training["output_dir"]).expanduser())
     resume = arguments.training.get("resume_from_checkpoint")
     resume = None if resume in (None, False, "false") else str(resume)
@@ -358,7 +360,8 @@ def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str,
 
     before = None
     if validation is not None:
-        before = trainer.measure(validation, label="base model").describe()
+        trainer.live_table.base = trainer.measure(validation, label="base model")
+        before = trainer.live_table.base.describe()
         _tell([f"base model: perplexity {before['perplexity']:.3f}, masked accuracy {before['accuracy']:.4f}"])
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return {
