@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
 from peft_mlm.console import cell, few_names
-from peft_mlm.run_record import figure, number, table
+from peft_mlm.methods import METHODS
+from peft_mlm.run_record import figure, table
 
 LEVEL = 0.95
 Record = Mapping[str, Any]
@@ -86,9 +90,11 @@ def score_text(name: str, value: float | int) -> str:
         value: The figure.
 
     Returns:
-        Four digits of a perplexity, four decimals of the others.
+        Four digits of a perplexity, all of those before the point; four decimals of the others.
     """
-    return cell(float(value)) if name == "perplexity" else f"{value:.4f}"
+    if name != "perplexity":
+        return f"{value:.4f}"
+    return f"{value:,.0f}" if 1e3 <= value < 1e7 else f"{value:.4g}"
 
 
 def interval(scores: Record, name: str) -> str:
@@ -140,6 +146,21 @@ def signed(value: float | int | None) -> str:
     return "" if value is None else f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
 
 
+def date_text(moment: Any) -> str:
+    """Write a moment to the minute.
+
+    Args:
+        moment: As ISO 8601, in UTC.
+
+    Returns:
+        Such as "2026-11-28 08:12 UTC"; empty for what is no moment.
+    """
+    try:
+        return f"{datetime.fromisoformat(moment).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except (TypeError, ValueError, OverflowError):
+        return ""
+
+
 def seconds_text(seconds: float | int | None) -> str:
     """Say a time as people do.
 
@@ -176,7 +197,42 @@ def value_text(value: Any) -> str:
         return ", ".join(f"{name} {value_text(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(value_text(part) for part in value)
-    return cell(value) if number(value) is not None else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return cell(value)
+
+
+def argument_text(value: Any) -> str:
+    """Write the value of an argument as a config would: true and false, all digits.
+
+    Args:
+        value: Text, number, truth value, list, table or None.
+
+    Returns:
+        Its text; empty for None.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(argument_text(part) for part in value)
+    return "" if value is None else json.dumps(value) if isinstance(value, Mapping) else str(value)
+
+
+def adapter_of(run: Record) -> Record:
+    """Tell what adapter a run trains, also where it has not saved it yet.
+
+    Args:
+        run: From `run_record.read_run`.
+
+    Returns:
+        The run's `adapter`; else `title`, and for LoRA `rank` and `alpha`, by its arguments; empty where the whole
+        model is trained.
+    """
+    method = str(run["summary"].get("method"))
+    if run["adapter"] is not None or method not in METHODS:
+        return run["adapter"] or {}
+    asked = {"rank": "lora_r", "alpha": "lora_alpha"} if method == "lora" else {}
+    return {"title": METHODS[method].title, **{name: run["arguments"].get(option) for name, option in asked.items()}}
 
 
 def side_by_side(names: Sequence[str], columns: Sequence[Mapping[str, str]]) -> tuple[tuple[str, ...], ...]:
@@ -210,6 +266,28 @@ def source_name(facts: Record) -> str:
     return f"{name}, split {source['split']}" if source.get("split") else name
 
 
+def length_classes(facts: Record) -> list[tuple[int, int, int]]:
+    """Read how many texts have how many tokens.
+
+    Args:
+        facts: About a split, as in dataset.json.
+
+    Returns:
+        For each class its shortest length, the first length beyond it, and its number of texts; empty where this is not
+        told, or there is no text.
+    """
+    lengths = table(facts, "text_lengths")
+    edges, counts = (_whole_numbers(lengths.get(name)) for name in ("edges", "counts"))
+    if len(edges) != len(counts) + 1 or sum(counts) == 0:
+        return []
+    return [(low, high, count) for (low, high), count in zip(pairwise(edges), counts, strict=True)]
+
+
+def class_text(low: int, high: int) -> str:
+    """Write a class of lengths, from `low` to below `high`."""
+    return cell(low) if high - low == 1 else f"{cell(low)} to {cell(high - 1)}"
+
+
 def splits_of(run: Record) -> list[tuple[str, Record]]:
     """Give the facts about each split of a run's text.
 
@@ -220,3 +298,7 @@ def splits_of(run: Record) -> list[tuple[str, Record]]:
         Names and facts.
     """
     return [(split, facts) for split, facts in run["data"].items() if isinstance(facts, Mapping)]
+
+
+def _whole_numbers(values: Any) -> list[int]:
+    return [value for value in values if isinstance(value, int)] if isinstance(values, list) else []

@@ -10,6 +10,11 @@ from peft_mlm.report_content import (
     Record,
     Section,
     Table,
+    adapter_of,
+    argument_text,
+    class_text,
+    date_text,
+    length_classes,
     seconds_text,
     side_by_side,
     source_name,
@@ -114,6 +119,12 @@ def text_facts(runs: Sequence[Record]) -> Section | None:
         rows = side_by_side(list(OF_TEXT.values()), columns)
         title = "Text and rows" if len(of_runs) == 1 else f"Text and rows of {', '.join(names)}"
         tables.append(Table(title, ("", *(split for split, _ in splits)), rows))
+        of = "" if len(of_runs) == 1 else f" of {', '.join(names)}"
+        tables += [
+            Table(f"Lengths of the texts{of}, {split}", ("tokens", "texts", "share"), lengths, folded=True)
+            for split, facts in splits
+            if (lengths := _lengths(facts))
+        ]
     return Section("Text", (), tuple(tables), place="lengths") if tables else None
 
 
@@ -174,7 +185,7 @@ def all_arguments(runs: Sequence[Record]) -> Section:
     for run in runs:
         of = f" of {run['name']}" if len(runs) > 1 else ""
         rows = tuple(
-            (name, value_text(value), str(run["given"].get(name) or "default"))
+            (name, argument_text(value), str(run["given"].get(name) or "default"))
             for name, value in run["arguments"].items()
         )
         tables.append(Table(f"All arguments{of}", ("argument", "value", "from"), rows, folded=True))
@@ -206,11 +217,13 @@ def _logged(record: Record, key: str) -> str:
     value = figure(record, key)
     if value is None:
         return ""
-    return bytes_text(int(value)) if key == "peak_memory_bytes" else cell(value)
+    if key == "peak_memory_bytes":
+        return bytes_text(int(value))
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _adapted(run: Record) -> dict[str, str]:
-    summary, base, adapter = run["summary"], run["base"], table(run, "adapter")
+    summary, base, adapter = run["summary"], run["base"], adapter_of(run)
     trained, total = figure(summary, "trainable_parameters"), figure(summary, "total_parameters")
     share = f" of {cell(total)} ({trained / total:.2%})" if trained is not None and total else ""
     quantised = table(summary, "quantisation")
@@ -222,7 +235,7 @@ def _adapted(run: Record) -> dict[str, str]:
         "architecture": value_text(base.get("architecture")),
         "base prepared with": value_text(base.get("recipe")),
         "base in bits": f"{quantised['bits']} ({quantised.get('kind')})" if quantised.get("bits") else "",
-        "method": value_text(adapter.get("title") or adapter.get("method") or summary.get("method")),
+        "method": _method(run, adapter),
         **{name: value_text(adapter.get(name)) for name in ("rank", "alpha", "scaling")},
         "layers": _layers(adapter),
         "trained in full": value_text(adapter.get("trained_modules")),
@@ -235,6 +248,11 @@ def _adapted(run: Record) -> dict[str, str]:
         "time of training": seconds_text(figure(summary, "train_seconds")),
         "time in all": seconds_text(figure(summary, "seconds")),
     }
+
+
+def _method(run: Record, adapter: Record) -> str:
+    method = run["summary"].get("method")
+    return "all parameters trained" if method == "full" else value_text(adapter.get("title") or method)
 
 
 def _layers(adapter: Record) -> str:
@@ -252,6 +270,12 @@ def _of_split(facts: Record) -> dict[str, str]:
         share = figure(facts, fact)
         given[fact] = None if share is None else f"{share:.2%}"
     return {name: value_text(given.get(fact)) for fact, name in OF_TEXT.items()}
+
+
+def _lengths(facts: Record) -> tuple[tuple[str, ...], ...]:
+    classes = length_classes(facts)
+    total = sum(count for _, _, count in classes)
+    return tuple((class_text(low, high), cell(count), f"{count / total:.1%}") for low, high, count in classes)
 
 
 def _lost(facts: Record) -> str:
@@ -286,5 +310,6 @@ def _bytes(size: float | int | None) -> str:
 def _environment(environment: Record) -> dict[str, str]:
     names = {"started": "started", "device": "device", "platform": "system", "cpu_count": "CPUs", "python": "python"}
     told = {name: value_text(environment.get(key)) for key, name in names.items()}
+    told["started"] = date_text(environment.get("started"))
     versions = {str(name): value_text(version) for name, version in table(environment, "versions").items()}
     return {**told, **versions, "commit of peft-mlm": str(environment.get("commit") or "")[:12]}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 from peft_mlm.console import cell
 from peft_mlm.plots import Bars, Curve
-from peft_mlm.report_content import half_interval, score_text, splits_of
+from peft_mlm.report_content import class_text, half_interval, length_classes, score_text, splits_of
 from peft_mlm.run_record import figure, number, table
 
 Record = Mapping[str, Any]
@@ -108,18 +107,14 @@ def length_figures(runs: Sequence[Record]) -> list[Figure]:
     Returns:
         One picture for each split of each text.
     """
-    figures, seen = [], []
+    figures: list[Figure] = []
+    seen: list[Any] = []
     for place, run in enumerate(runs):
-        for split, facts in splits_of(run):
-            lengths = table(facts, "text_lengths")
-            edges, counts = _numbers(lengths.get("edges")), _numbers(lengths.get("counts"))
-            if len(edges) != len(counts) + 1 or not sum(counts):
-                continue
-            same = (split, facts.get("fingerprint"), edges, counts)
-            if same in seen:
-                continue
-            seen.append(same)
-            figures.append(_lengths(f"lengths-{place}-{split}", split, facts, edges, counts))
+        for number_of_split, (split, facts) in enumerate(splits_of(run)):
+            classes = length_classes(facts)
+            if classes and (split, facts.get("fingerprint"), classes) not in seen:
+                seen.append((split, facts.get("fingerprint"), classes))
+                figures.append(_lengths(f"lengths-{place}-{number_of_split}", split, facts, classes))
     return figures
 
 
@@ -197,22 +192,14 @@ def _keys(
     return (*keys, *([Key("level", None, "base")] if levels else []))
 
 
-def _lengths(name: str, split: str, facts: Record, edges: list[float], counts: list[float]) -> Figure:
-    total = sum(counts)
-    shares = [count / total for count in counts]
-    # Texts side by side are cut where a row is full, wherever they end: no length is too long.
-    limit = number(facts.get("max_seq_length"))
-    ranges = [_class(low, high) for low, high in pairwise(edges)]
-    words = ", ".join(f"{text} tokens: {share:.1%}" for text, share in zip(ranges, shares, strict=True))
-    keys = (Key("level", None, f"row of {cell(limit)} tokens"),) if limit and edges[0] < limit < edges[-1] else ()
-    title = f"Lengths of the texts, {split} ({cell(int(total))} texts)"
-    return Figure(name, title, f"{title}. {words}.", keys, bars=(Bars(0 if split == "train" else 1, edges, shares),),
-                  limit=limit)  # fmt: skip
-
-
-def _class(low: float, high: float) -> str:
-    return cell(low) if high - low == 1 else f"{cell(low)} to {cell(high - 1)}"
-
-
-def _numbers(values: Any) -> list[float]:
-    return [value for value in values if number(value) is not None] if isinstance(values, list) else []
+def _lengths(name: str, split: str, facts: Record, classes: Sequence[tuple[int, int, int]]) -> Figure:
+    total = sum(count for _, _, count in classes)
+    edges = [low for low, _, _ in classes] + [classes[-1][1]]
+    shares = [count / total for _, _, count in classes]
+    limit = figure(facts, "max_seq_length")
+    told = (f"{class_text(low, high)} tokens: {count / total:.1%}" for low, high, count in classes)
+    shown = limit is not None and edges[0] < limit < edges[-1]
+    keys = (Key("level", None, f"row of {cell(limit)} tokens"),) if shown else ()
+    title = f"Lengths of the texts, {split}"
+    bars = Bars(0 if split == "train" else 1, edges, shares)
+    return Figure(name, title, f"{title}. {', '.join(told)}.", keys, bars=(bars,), limit=limit if shown else None)

@@ -99,7 +99,7 @@ def render_html(runs: Sequence[Mapping[str, Any]]) -> str:
         ArgumentsError: matplotlib is not installed.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
@@ -108,6 +108,12 @@ def render_html(runs: Sequence[Mapping[str, Any]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+    def breakable(text: str) -> Markup:
+        """Let long names break behind their dots and dashes."""
+        return Markup(re.sub(r"(?<=[^\W\d])([._/-]+)(?=\w)", r"\1<wbr>", str(escape(text))))
+
+    environment.filters["breakable"] = breakable
 
     def draw(figure: Figure) -> Markup:
         return Markup(  # ours alone: no text of a run is in a picture
@@ -149,7 +155,11 @@ def render_markdown(runs: Sequence[Mapping[str, Any]]) -> str:
         for text in section.texts:
             lines += ["", _plain(text)]
         for table in section.tables:
-            lines += ["", f"### {_plain(table.title)}", "", *_markdown_table(table)]
+            title, shown = _plain(table.title), _markdown_table(table)
+            if table.folded:
+                lines += ["", f"<details><summary>{title}</summary>", "", *shown, "", "</details>"]
+            else:
+                lines += ["", f"### {title}", "", *shown]
         for name, code in section.codes:
             fence = "`" * max(3, 1 + max((len(found) for found in re.findall("`+", code)), default=0))
             lines += ["", *([f"{_plain(name)}:", ""] if len(section.codes) > 1 else []), f"{fence}sh", code, fence]

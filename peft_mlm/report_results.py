@@ -11,6 +11,9 @@ from peft_mlm.report_content import (
     Section,
     Table,
     Tile,
+    adapter_of,
+    argument_text,
+    date_text,
     interval,
     power,
     score_text,
@@ -26,7 +29,8 @@ FIGURES = (("loss", "Loss, nats per masked token"), ("perplexity", "Perplexity")
            ("top5_accuracy", "Masked token among the first 5"))  # fmt: skip
 # Figures of two runs can be compared where these are the same.
 OF_MASKS = ("eval_mask_seed", "mlm_probability", "mask_replace_prob", "random_replace_prob", "rows", "max_eval_samples")
-INTERVALS = "In brackets: 95 % intervals, 1.96 standard errors to either side."
+INTERVALS = "In brackets: 95 % intervals, 1.96 standard errors to either side"
+OF_CHANGE = "; those of a change are of the paired differences"
 
 
 def lead(runs: Sequence[Record]) -> tuple[str, ...]:
@@ -66,7 +70,8 @@ def results(runs: Sequence[Record]) -> Section | None:
     shown = _figures_of_one(runs[0]) if one else _figures_of_several(runs)
     texts = [*(_verdict(runs[0]) if one else _comparable(runs))]
     if shown is not None and any(" to " in text for row in shown.rows for text in row[1:]):
-        texts.append(INTERVALS)
+        paired = any(figure(run["summary"], "change", "loss", "low") is not None for run in runs)
+        texts.append(f"{INTERVALS}{OF_CHANGE if paired else ''}.")
     for run in runs:
         error = run["summary"].get("error")
         said = [*([f"ended with: {error}"] if isinstance(error, str) else []), *run["notices"]]
@@ -86,14 +91,19 @@ def differences(runs: Sequence[Record]) -> Section:
         The section.
     """
     names = dict.fromkeys(name for run in runs for name in run["arguments"] if name not in NOT_REPEATED)
-    values = {name: [value_text(run["arguments"].get(name)) for run in runs] for name in names}
-    rows = tuple((name, *(text or "not set" for text in row)) for name, row in values.items() if len(set(row)) > 1)
+    rows = [(name, *(argument_text(run["arguments"].get(name)) for run in runs)) for name in names]
+    # An option of an adapter is not set where the whole model is trained: no news, unless someone has set it.
+    given = {name for run in runs for name in run["given"]}
+    differing = tuple(
+        tuple(text or "not set" for text in row)
+        for row in rows
+        if len({*row[1:]} - {""}) > 1 or (len({*row[1:]}) > 1 and row[0] in given)
+    )
     title = "What the runs differ in"
-    if not rows:
+    if not differing:
         return Section(title, ("All arguments are the same in all runs.",))
-    same = len(values) - len(rows)
-    shown = Table("Arguments that differ", ("argument", *(run["name"] for run in runs)), rows)
-    return Section(title, (f"{same} other arguments are the same in all runs.",), (shown,))
+    shown = Table("Arguments that differ", ("argument", *(run["name"] for run in runs)), differing)
+    return Section(title, ("All other arguments are the same.",), (shown,))
 
 
 def _sentence(run: Record) -> str:
@@ -101,15 +111,15 @@ def _sentence(run: Record) -> str:
     parts = [f"{_method(run)}, {f'on {base}' if base else 'from scratch'}"]
     source = source_name(table(run["data"], "train"))
     parts += [f"text: {source}"] if source else []
-    started = run["environment"].get("started")
-    return "; ".join([*parts, _status(run), *([f"started {started}"] if isinstance(started, str) else [])]) + "."
+    started = date_text(run["environment"].get("started"))
+    return "; ".join([*parts, _status(run), *([f"started {started}"] if started else [])]) + "."
 
 
 def _method(run: Record) -> str:
-    adapter, method = run["adapter"], run["summary"].get("method")
-    if adapter is None:
+    adapter, method = adapter_of(run), run["summary"].get("method")
+    if not adapter:
         return "All parameters trained" if method == "full" else f"{method} adapter"
-    numbers = [f"{name} {value_text(adapter[name])}" for name in ("rank", "alpha") if adapter[name]]
+    numbers = [f"{name} {value_text(adapter[name])}" for name in ("rank", "alpha") if adapter.get(name)]
     return ", ".join([str(adapter["title"] or adapter["method"]), *numbers])
 
 
@@ -231,25 +241,33 @@ def _verdict(run: Record) -> list[str]:
     told = f"The {_level(change)} interval of the change of the loss, paired over the same masked tokens,"
     if low <= 0 <= high:
         return [f"{told} holds 0: that the model got better or worse is not shown."]
-    return [f"{told} lies {'below' if high < 0 else 'above'} 0: the model got {'better' if high < 0 else 'worse'}."]
+    side, became = ("below", "better") if high < 0 else ("above", "worse")
+    return [f"{told} lies {side} 0: on this text the model got {became}."]
 
 
 def _figures_of_several(runs: Sequence[Record]) -> Table:
+    bases = [table(run["summary"], "base") for run in runs]
     columns: list[tuple[str, list[str]]] = [
-        ("perplexity of the base", [with_interval(table(run["summary"], "base"), "perplexity") for run in runs]),
         ("perplexity", [_after_figure(run, "perplexity") for run in runs]),
-        ("masked accuracy of the base", [with_interval(table(run["summary"], "base"), "accuracy") for run in runs]),
         ("masked accuracy", [_after_figure(run, "accuracy") for run in runs]),
         ("change of the loss", [_loss_change(run) for run in runs]),
-        ("trained parameters", [_text_of(figure(run["summary"], "trainable_parameters")) for run in runs]),
+        ("trained parameters", [value_text(figure(run["summary"], "trainable_parameters")) for run in runs]),
         ("saved", [_saved(run) for run in runs]),
-        ("steps", [_text_of(figure(run["summary"], "steps")) for run in runs]),
+        ("steps", [value_text(figure(run["summary"], "steps")) for run in runs]),
         ("time", [seconds_text(figure(run["summary"], "seconds")) for run in runs]),
-        ("status", [str(run["summary"].get("status") or "") for run in runs]),
     ]
+    known = [base for base in bases if figure(base, "loss") is not None]
+    rows: list[tuple[str, ...]] = []
+    if known and all(base == known[0] for base in known):  # one base of all, measured on the same tokens
+        rows.append(("base", with_interval(known[0], "perplexity"), with_interval(known[0], "accuracy")))
+    else:
+        for place, key in enumerate(("perplexity", "accuracy")):
+            name = ("perplexity", "masked accuracy")[place]
+            columns.insert(2 * place, (f"{name} of the base", [with_interval(base, key) for base in bases]))
     columns = [(name, texts) for name, texts in columns if any(texts)]
-    rows = tuple((run["name"], *(texts[place] for _, texts in columns)) for place, run in enumerate(runs))
-    return Table("Figures of the runs", ("run", *(name for name, _ in columns)), rows)
+    rows = [(*row, *[""] * (len(columns) + 1 - len(row))) for row in rows]
+    rows += [(run["name"], *(texts[place] for _, texts in columns)) for place, run in enumerate(runs)]
+    return Table("Figures of the runs", ("run", *(name for name, _ in columns)), tuple(rows))
 
 
 def _after_figure(run: Record, key: str) -> str:
@@ -266,10 +284,6 @@ def _loss_change(run: Record) -> str:
 def _saved(run: Record) -> str:
     size = figure(run["summary"], "adapter_bytes") or figure(run["summary"], "saved_bytes")
     return "" if size is None else bytes_text(int(size))
-
-
-def _text_of(value: float | int | None) -> str:
-    return "" if value is None else cell(value)
 
 
 def _comparable(runs: Sequence[Record]) -> list[str]:

@@ -101,7 +101,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
         "summary": read_table(run.summary),
         "environment": read_table(run.environment) if run.environment.is_file() else {},
         "data": read_table(run.dataset) if run.dataset.is_file() else {},
-        "base": base or {"name": arguments.get("model_name_or_path"), "revision": arguments.get("model_revision")},
+        "base": base or {"name": arguments.get("model_name_or_path")},
         "adapter": adapter,
         "arguments": {name: value for name, value in arguments.items() if name not in NOT_REPEATED},
         "given": given,
