@@ -94,7 +94,7 @@ def score_text(name: str, value: float | int) -> str:
     """
     if name != "perplexity":
         return f"{value:.4f}"
-    return f"{value:,.0f}" if 1e3 <= value < 1e7 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1e3 <= value < 1e7 else f"{value:#.4g}"
 
 
 def interval(scores: Record, name: str) -> str:

@@ -28,7 +28,10 @@ from peft_mlm.run_record import NOT_REPEATED, figure, table
 FIGURES = (("loss", "Loss, nats per masked token"), ("perplexity", "Perplexity"), ("accuracy", "Masked accuracy"),
            ("top5_accuracy", "Masked token among the first 5"))  # fmt: skip
 # Figures of two runs can be compared where these are the same.
-OF_MASKS = ("eval_mask_seed", "mlm_probability", "mask_replace_prob", "random_replace_prob", "rows", "max_eval_samples")
+OF_MASKS = (
+    *("eval_mask_seed", "eval_mask_draws", "mlm_probability", "mask_replace_prob", "random_replace_prob"),
+    *("rows", "max_eval_samples"),
+)
 INTERVALS = "In brackets: 95 % intervals, 1.96 standard errors to either side"
 OF_CHANGE = "; those of a change are of the paired differences"
 

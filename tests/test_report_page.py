@@ -99,12 +99,12 @@ def test_the_figures_are_those_of_the_summary(tmp_path: Path) -> None:
     page = Page(render_html([run]))
     base, adapted = run["summary"]["base"], run["summary"]["adapted"]
     assert page.row("Loss, nats per masked token")[:2] == [f"{base['loss']:.4f}", f"{adapted['loss']:.4f}"]
-    assert page.row("Perplexity")[:2] == [f"{base['perplexity']:.4g}", f"{adapted['perplexity']:.4g}"]
+    assert page.row("Perplexity")[:2] == [f"{base['perplexity']:#.4g}", f"{adapted['perplexity']:#.4g}"]
     assert page.row("Masked accuracy")[:2] == [f"{base['accuracy']:.4f}", f"{adapted['accuracy']:.4f}"]
     assert page.row("Masked accuracy")[2] == f"{adapted['accuracy'] - base['accuracy']:+.4f}"
     assert page.row("Perplexity")[2] == f"× {adapted['perplexity'] / base['perplexity']:.4g}"
     shown = " ".join(page.texts)
-    for text in ("notes", "7.389 → 3.32", "4.32 kB", "61.2 s", "org/base", "letters.txt", "2026-03-04 05:06 UTC"):
+    for text in ("notes", "7.389 → 3.320", "4.32 kB", "61.2 s", "org/base", "letters.txt", "2026-03-04 05:06 UTC"):
         assert text in shown, text
     for word in ("nan", "None", "null", "interval"):
         assert not re.search(rf"\b{word}\b", shown), word
@@ -115,7 +115,7 @@ def test_intervals_are_of_the_normal_distribution() -> None:
     z = 1.959963984540054  # the 97.5th percentile of the normal distribution
     assert half_interval(0.1) == pytest.approx(0.1 * z, rel=1e-12)
     assert interval(scores, "loss") == f"{1.5 - 0.1 * z:.4f} to {1.5 + 0.1 * z:.4f}"
-    assert interval(scores, "perplexity") == f"{math.exp(1.5 - 0.1 * z):.4g} to {math.exp(1.5 + 0.1 * z):.4g}"
+    assert interval(scores, "perplexity") == f"{math.exp(1.5 - 0.1 * z):#.4g} to {math.exp(1.5 + 0.1 * z):#.4g}"
     assert interval(scores, "accuracy") == "0.0000 to 1.0000"  # a share stays one
     assert with_interval(figures(1.5), "loss") == "1.5000"
     assert with_interval({}, "loss") == ""
@@ -150,7 +150,7 @@ def test_a_run_that_is_not_finished_tells_how_far_it_is(tmp_path: Path) -> None:
     assert "not finished" in lead([run])[0]
     assert "last record is of step 8" in lead([run])[0]
     assert [tile.label for tile in tiles(run)] == ["Perplexity", "Masked accuracy", "Trained parameters"]
-    assert tiles(run)[0] == Tile("Perplexity", f"{math.exp(1.2):.4g}", "at step 8")
+    assert tiles(run)[0] == Tile("Perplexity", f"{math.exp(1.2):#.4g}", "at step 8")
     page = Page(render_html([run]))
     assert page.row("Loss, nats per masked token") == ["1.2000"]
     (folder / "metrics.jsonl").unlink()
@@ -256,8 +256,8 @@ def test_figures_are_compared_only_over_the_same_masked_tokens(tmp_path: Path) -
     assert "same held-out text with the same masks" in section.texts[0]
     assert "other (1.2500 nats" in section.texts[1]
     rows = {row[0]: row for row in section.tables[0].rows}
-    assert rows["base"][1:3] == (f"{math.exp(2):.4g}", f"{math.exp(-2):.4f}")
-    assert rows["one"][1:4] == (f"{math.exp(1.5):.4g}", f"{math.exp(-1.5):.4f}", "−0.5000")
+    assert rows["base"][1:3] == (f"{math.exp(2):#.4g}", f"{math.exp(-2):.4f}")
+    assert rows["one"][1:4] == (f"{math.exp(1.5):#.4g}", f"{math.exp(-1.5):.4f}", "−0.5000")
     for changed in ({"eval_mask_seed": 5}, {"mlm_probability": 0.3}, {"rows": "line"}):
         different = save_run(tmp_path / next(iter(changed)), **changed)
         section = results(read_runs([one, different]))
