@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from peft_mlm.report_facts import (
 )
 from peft_mlm.report_figures import Figure, curve_figures, length_figures
 from peft_mlm.report_results import differences, lead, results, tiles
+from peft_mlm.run_record import table
 
 ASSETS = Path(__file__).resolve().parent / "report_assets"
 # Marks a report as ours, with the SHA-256 of the rest: only what nobody has changed is replaced.
@@ -75,12 +76,12 @@ def build_report(runs: Sequence[Mapping[str, Any]]) -> Report:
         environment_facts(runs),
         all_arguments(runs),
     )
-    versions = sorted({str((run["environment"].get("versions") or {}).get("peft-mlm")) for run in runs} - {"None"})
+    versions = sorted({str(table(run["environment"], "versions").get("peft-mlm")) for run in runs} - {"None"})
     return Report(
         title=f"{len(runs)} runs side by side" if several else runs[0]["name"],
         lead=lead(runs),
         tiles=() if several else tiles(runs[0]),
-        sections=tuple(section for section in sections if section is not None),
+        sections=tuple(section for section in map(_without_empty_tables, sections) if section is not None),
         names=tuple(run["name"] for run in runs),
         footer=f"Trained with peft-mlm {', '.join(versions)}." if versions else "Trained with peft-mlm.",
     )
@@ -154,9 +155,9 @@ def render_markdown(runs: Sequence[Mapping[str, Any]]) -> str:
         lines += ["", f"## {section.title}"]
         for text in section.texts:
             lines += ["", _plain(text)]
-        for table in section.tables:
-            title, shown = _plain(table.title), _markdown_table(table)
-            if table.folded:
+        for one in section.tables:
+            title, shown = _plain(one.title), _markdown_table(one)
+            if one.folded:
                 lines += ["", f"<details><summary>{title}</summary>", "", *shown, "", "</details>"]
             else:
                 lines += ["", f"### {title}", "", *shown]
@@ -179,6 +180,13 @@ def is_untouched_report(text: str) -> bool:
     return found is not None and found[1] == _digest(text[: found.start(1)] + _UNSET + text[found.end(1) :])
 
 
+def _without_empty_tables(section: Section | None) -> Section | None:
+    if section is None:
+        return None
+    tables = tuple(table for table in section.tables if table.rows)
+    return replace(section, tables=tables) if tables or section.texts or section.codes else None
+
+
 def _signed(text: str) -> str:
     return text.replace(_UNSET, _digest(text), 1)
 
@@ -187,10 +195,10 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _markdown_table(table: Table) -> list[str]:
-    width = len(table.header) if table.header else max(len(row) for row in table.rows)
-    header = table.header or ("",) * width
-    lines = [header, ("---",) * width, *table.rows]
+def _markdown_table(shown: Table) -> list[str]:
+    width = len(shown.header) if shown.header else max(len(row) for row in shown.rows)
+    header = shown.header or ("",) * width
+    lines = [header, ("---",) * width, *shown.rows]
     return [f"| {' | '.join(line if line == '---' else _plain(line) for line in cells)} |" for cells in lines]
 
 

@@ -291,7 +291,10 @@ def _saved(run: Record) -> str:
 
 def _comparable(runs: Sequence[Record]) -> list[str]:
     """Say whether the figures of the runs are of the same masked tokens, and which is the lowest loss."""
-    keys = [_of_evaluation(run) for run in runs]
+    measured = [run for run in runs if _after(run)[1]]
+    if len(measured) < 2:
+        return []
+    keys = [_of_evaluation(run) for run in measured]
     if any(key != keys[0] for key in keys):
         return ["The runs were measured on different held-out texts, rows or masks: their figures cannot be compared "
                 "with each other."]  # fmt: skip

@@ -6,7 +6,6 @@ The record may leave the machine: local paths are shortened to their last parts,
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from peft_mlm.leaks import without_leaks
 from peft_mlm.run_folder import RunFolder, is_run_folder
 from peft_mlm.shipped import find_shipped
 
+# Beyond this nothing is a count, a size or a figure; NaN is below no number.
+LARGEST = 1e300
 # Layers that are listed by how much they were changed.
 LAYERS_LISTED = 8
 # Where a run is written, goes on from or is sent to is not part of how to run it again.
@@ -122,9 +123,9 @@ def number(value: Any) -> float | int | None:
     Returns:
         The number, or None for what is none, or is not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value
+    return value if abs(value) < LARGEST else None
 
 
 def figure(record: Mapping[str, Any], *names: str) -> float | int | None:
@@ -212,13 +213,13 @@ def _read_adapter(run: RunFolder) -> tuple[dict[str, Any] | None, dict[str, Any]
 
 
 def _without_leaks(value: Any) -> Any:
-    if isinstance(value, str):
-        return without_leaks(value)
     if isinstance(value, Mapping):
-        return {without_leaks(str(name)): _without_leaks(part) for name, part in value.items()}
+        return {_without_leaks(str(name)): _without_leaks(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [_without_leaks(part) for part in value]
-    return value
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return without_leaks(str(value).encode("utf-8", "replace").decode())  # some letters of JSON are none of UTF-8
 
 
 def _command(arguments: Mapping[str, Any], given: Mapping[str, Any], folder: str) -> str:

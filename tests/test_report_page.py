@@ -159,6 +159,35 @@ def test_a_run_that_is_not_finished_tells_how_far_it_is(tmp_path: Path) -> None:
     assert "<figure>" in nothing  # the lengths of the texts are known
 
 
+def test_a_run_without_held_out_text_has_a_report(tmp_path: Path) -> None:
+    folder = save_run(tmp_path / "notes", more={"base": None, "adapted": None})
+    lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "eval_" not in line]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    runs = read_runs([folder, save_run(tmp_path / "other")])
+    assert results(runs[:1]) is None
+    assert [tile.label for tile in tiles(runs[0])] == ["Model", "Time"]
+    assert [len(figure.curves) for figure in curve_figures(runs[:1])] == [1, 1, 1]
+    assert "Before and after" not in render_html(runs[:1])
+    section = results(runs)
+    assert section is not None
+    assert section.texts == ()  # there is nothing to compare
+
+
+def test_files_of_any_content_have_a_report(tmp_path: Path) -> None:
+    folder = save_run(tmp_path / "notes")
+    odd = {"status": [1], "method": {}, "base": [], "adapted": {"loss": "x"}, "steps": None, "seconds": {},
+           "memory": [], "change": {"loss": []}, "trainable_parameters": 10**400, "error": "\ud800"}  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(odd))
+    (folder / "environment.json").write_text(json.dumps({"versions": [], "device": [], "started": 5, "commit": {}}))
+    odd_split = {"source": [], "text_lengths": {"edges": ["a"], "counts": 3}, "texts": [], "unknown_share": "x"}
+    (folder / "dataset.json").write_text(json.dumps({"train": odd_split, "validation": 7}))
+    (folder / "arguments.yaml").write_text("seed: 2020-01-01\nrows: [1, {a: .nan}]\n")
+    run = read_run(folder)
+    for text in (render_html([run]), render_markdown([run]), render_html([run, {**run, "name": "b"}])):
+        text.encode()
+    json.dumps(run)
+
+
 def test_a_run_that_failed_tells_why(tmp_path: Path) -> None:
     run = read_run(save_run(tmp_path / "notes", more={"status": "failed", "error": "DeviceMemoryError: too small"}))
     assert "DeviceMemoryError: too small" in render_html([run])

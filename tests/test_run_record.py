@@ -44,7 +44,7 @@ def test_a_figure_that_is_no_number_is_left_out(tmp_path: Path) -> None:
     assert read_run(folder)["logs"] == [{"step": 2}, {"step": 4, "loss": 1.0}]
 
 
-@pytest.mark.parametrize("value", [None, True, "1", float("nan"), float("inf"), [1]])
+@pytest.mark.parametrize("value", [None, True, "1", float("nan"), float("inf"), -float("inf"), 10**400, [1]])
 def test_only_finite_numbers_are_numbers(value: object) -> None:
     assert number(value) is None
     assert figure({"a": {"b": value}}, "a", "b") is None

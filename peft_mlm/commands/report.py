@@ -63,7 +63,8 @@ def run(words: Sequence[str]) -> dict[str, Any]:
 
 def show(record: dict[str, Any]) -> None:
     """Print the result for people."""
-    rows = [[record_of["name"], record_of["summary"].get("status")] for record_of in record["runs"]]
+    rows = [[told["name"], "finished" if told["summary"].get("status") == "finished" else "not finished"]
+            for told in record["runs"]]  # fmt: skip
     rows += [["written", file] for file in record["files"]]
     print_table("report", None, rows, stream=sys.stdout)
 

@@ -79,7 +79,7 @@ def test_a_run_that_was_killed_is_told(run: Path, command: Callable[..., Answer]
     files.metrics.write_text("".join(lines[: last + 1]) + lines[last + 1][:20])
     shown = command("report", run)
     assert shown.code == 0
-    assert "running" in shown.out
+    assert "not finished" in shown.out
     page = Page((run / "report.html").read_text())
     text = " ".join(page.texts)
     assert "LoRA, rank 8, alpha 16" in text
