@@ -30,7 +30,7 @@ def test_logs_and_evaluations_are_parted_and_keep_their_numbers(tmp_path: Path) 
     record = read_run(save_run(tmp_path / "notes"))
     assert record["name"] == "notes"
     assert [log["step"] for log in record["logs"]] == [2, 4, 6, 8]
-    assert record["logs"][0] == {"step": 2, "loss": 2.5, "learning_rate": 3e-4, "grad_norm": 1.5}
+    assert record["logs"][0] == {"step": 2, "loss": 2.3, "learning_rate": 3e-4, "grad_norm": 1.5}
     assert [sorted(evaluation) for evaluation in record["evaluations"]] == [
         ["accuracy", "loss", "perplexity", "step"]
     ] * 2
@@ -105,20 +105,20 @@ def test_two_folders_of_one_name_are_told_apart_and_one_is_not_read_twice(tmp_pa
 
 
 def test_no_local_path_and_no_token_is_in_a_record(tmp_path: Path) -> None:
-    folder = save_run(tmp_path / "ada" / "notes")
+    folder = save_run(tmp_path / "xenia" / "notes")
     summary = json.loads((folder / "summary.json").read_text())
     secret = "hf_" + "x" * 32
-    summary |= {"status": "failed", "error": f"OSError: no {tmp_path}/ada/data.txt; token {secret}"}
+    summary |= {"status": "failed", "error": f"OSError: no {tmp_path}/xenia/data.txt; token {secret}"}
     (folder / "summary.json").write_text(json.dumps(summary))
     told = json.dumps(read_run(folder))
     assert "data.txt" in told
     assert "letters.txt" in told
     assert str(tmp_path) not in told
-    assert "ada" not in told
+    assert "xenia" not in told
     assert secret not in told
 
 
-def test_the_command_gives_the_arguments_that_were_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_gives_the_arguments_that_were_given(tmp_path: Path) -> None:
     given = {
         "model_name_or_path": "org/model",
         "train_file": ["a b.txt", "c's.txt"],
