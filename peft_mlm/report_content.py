@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
-from statistics import NormalDist
+from statistics import NormalDist, median
 from typing import Any
 
 from peft_mlm.console import cell, few_names
@@ -286,6 +286,19 @@ def length_classes(facts: Record) -> list[tuple[int, int, int]]:
 def class_text(low: int, high: int) -> str:
     """Write a class of lengths, from `low` to below `high`."""
     return cell(low) if high - low == 1 else f"{cell(low)} to {cell(high - 1)}"
+
+
+def median_speed(run: Record) -> str:
+    """Write the median of the speeds that a run logged.
+
+    Args:
+        run: From `run_record.read_run`.
+
+    Returns:
+        Tokens per second; empty where none was logged.
+    """
+    speeds = [log["tokens_per_second"] for log in run["logs"] if "tokens_per_second" in log]
+    return f"{median(speeds):,.0f}" if speeds else ""
 
 
 def splits_of(run: Record) -> list[tuple[str, Record]]:

@@ -15,6 +15,7 @@ from peft_mlm.report_content import (
     class_text,
     date_text,
     length_classes,
+    median_speed,
     seconds_text,
     side_by_side,
     source_name,
@@ -245,6 +246,7 @@ def _adapted(run: Record) -> dict[str, str]:
         "steps": "" if figure(summary, "steps") is None else cell(figure(summary, "steps")),
         "epochs": "" if figure(summary, "epochs") is None else cell(figure(summary, "epochs")),
         "kept from step": "" if best is None else cell(best),
+        "tokens per second, median": median_speed(run),
         "time of training": seconds_text(figure(summary, "train_seconds")),
         "time in all": seconds_text(figure(summary, "seconds")),
     }

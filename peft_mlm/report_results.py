@@ -15,6 +15,7 @@ from peft_mlm.report_content import (
     argument_text,
     date_text,
     interval,
+    median_speed,
     power,
     score_text,
     seconds_text,
@@ -257,6 +258,7 @@ def _figures_of_several(runs: Sequence[Record]) -> Table:
         ("trained parameters", [value_text(figure(run["summary"], "trainable_parameters")) for run in runs]),
         ("saved", [_saved(run) for run in runs]),
         ("steps", [value_text(figure(run["summary"], "steps")) for run in runs]),
+        ("tokens/s", [median_speed(run) for run in runs]),
         ("time", [seconds_text(figure(run["summary"], "seconds")) for run in runs]),
     ]
     known = [base for base in bases if figure(base, "loss") is not None]

@@ -326,6 +326,14 @@ def test_lengths_are_told_once_for_each_text(tmp_path: Path) -> None:
     assert table.rows == (("0 to 9", "10", "25.0%"), ("10 to 19", "25", "62.5%"), ("20 to 30", "5", "12.5%"))
 
 
+def test_the_speed_is_the_median_of_the_logged_ones(tmp_path: Path) -> None:
+    folder = save_run(tmp_path / "notes")
+    speeds = (900.0, 5000.0, 1000.0)
+    lines = [json.dumps({"step": n, "tokens_per_second": speed}) for n, speed in enumerate(speeds)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert Page(render_html([read_run(folder)])).row("tokens per second, median") == ["1,000"]
+
+
 def test_what_was_lost_of_the_text_is_told(tmp_path: Path) -> None:
     page = Page(render_html([read_run(save_run(tmp_path / "notes"))]))
     assert page.row("tokens lost") == ["10, where 2 texts are longer than a row"] * 2
