@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
@@ -131,10 +132,11 @@ def draw_bars(name: str, bars: Sequence[Bars], *, limit: float | None = None) ->
             place = low + (limit - edges[low]) / (edges[low + 1] - edges[low])
             axes.axvline(place, color=INK, linewidth=1.1, linestyle=(0, (1, 2)))
         axes.set_xlim(0, len(edges) - 1)
-        # The last edge is the first length that no text has.
-        labels = [*(short_number(edge) for edge in edges[:-1]), short_number(edges[-1] - 1)]
+        # A class of one length has its name below it, another one its ends.
+        single = all(high - low == 1 for low, high in pairwise(edges))
+        labels = [short_number(edge) for edge in (edges[:-1] if single else edges)]
         every = math.ceil(len(labels) / 7)
-        axes.set_xticks(range(0, len(labels), every), labels[::every])
+        axes.set_xticks([place + single / 2 for place in range(0, len(labels), every)], labels[::every])
         axes.set_xlabel("tokens of a text")
         axes.set_ylabel("% of the texts")
         axes.grid(axis="x", visible=False)

@@ -71,6 +71,15 @@ def test_bars_are_as_high_as_their_shares() -> None:
     assert places == sorted(places)
 
 
+def test_classes_are_named_at_their_ends_and_single_lengths_below_their_bars() -> None:
+    def names(edges: list[float]) -> list[str]:
+        picture = draw_bars("a", [Bars(0, edges, [1 / (len(edges) - 1)] * (len(edges) - 1))])
+        return [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", picture) if text in {f"{e:g}" for e in edges}]
+
+    assert names([100, 110, 120, 500]) == ["100", "110", "120", "500"]
+    assert names([113, 114, 115, 116]) == ["113", "114", "115"]
+
+
 @pytest.fixture(scope="module")
 def picture() -> str:
     """A picture with everything in it."""
