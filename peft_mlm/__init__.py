@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft_mlm.commands.inspect_adapter import inspect
     from peft_mlm.commands.merge import merge
     from peft_mlm.commands.push import push
+    from peft_mlm.commands.report import report
     from peft_mlm.commands.train import train
     from peft_mlm.commands.verify import verify
 
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "merge",
     "push",
+    "report",
     "train",
     "verify",
 ]
@@ -52,6 +54,7 @@ _MODULES = {
     "merge": "peft_mlm.commands.merge",
     "export": "peft_mlm.commands.export",
     "push": "peft_mlm.commands.push",
+    "report": "peft_mlm.commands.report",
     "inspect": "peft_mlm.commands.inspect_adapter",
     "verify": "peft_mlm.commands.verify",
     "load": "peft_mlm.adapter_set",

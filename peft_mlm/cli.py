@@ -27,6 +27,7 @@ COMMANDS = {
     "extract": ("extract", "make a LoRA adapter of a fully trained model and its base"),
     "export": ("export", "write the encoder alone, ONNX, or a sentence-transformers model"),
     "inspect": ("inspect_adapter", "tell what an adapter, a model or a run is, from its files alone"),
+    "report": ("report", "tell on one page what runs were and gave: curves, before and after, facts"),
     "verify": ("verify", "check that what is shipped is whole and safe to open"),
     "push": ("push", "upload an adapter or a model to the hub, after a check of all that would go up"),
     "doctor": ("doctor", "check Python, libraries, GPU, disk and network, each with its remedy"),

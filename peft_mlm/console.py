@@ -19,7 +19,10 @@ from typing import Any, NoReturn, TextIO
 from peft_mlm.errors import ArgumentsError
 
 # Loggers of libraries that speak at the warning level about things that are no news to a user.
-CHATTY = ("transformers", "datasets", "accelerate", "bitsandbytes", "peft", "torch", "huggingface_hub", "httpx")
+CHATTY = (
+    *("transformers", "datasets", "accelerate", "bitsandbytes", "peft", "torch", "huggingface_hub", "httpx"),
+    "matplotlib",
+)
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -137,7 +137,7 @@ def _make_split(
     facts = {
         "max_seq_length": max_seq_length,
         "text_tokens": token_facts["tokens"],
-        **{name: token_facts[name] for name in ("unknown_tokens", "unknown_share", "longest_text")},
+        **{name: token_facts[name] for name in ("unknown_tokens", "unknown_share", "longest_text", "text_lengths")},
         **{name: value for name, value in asdict(row_facts).items() if name != "texts"},
         "fill_rate": _fill_rate(row_facts, max_seq_length, len(prefix) + len(suffix))
         if arguments.rows == "packed" and side_by_side

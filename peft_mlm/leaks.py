@@ -28,6 +28,12 @@ TOKENS = re.compile(
     r"|sk-[A-Za-z0-9_-]{30,}|AKIA[0-9A-Z]{16}|xox[baprs]-[\w-]{10,})|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"
 )
 
+# What is shortened in texts that are shown to others: a text that is a path as a whole (spaces and all), one in quotes,
+# and any path from a root among other words.
+_IS_PATH = re.compile(r"(?:/|~|\.\.[/\\]|[A-Za-z]:[/\\]|\\\\|file://).*", re.DOTALL)
+_QUOTED_PATH = re.compile(r"(?<=[\"'`])(?:/|~/|[A-Za-z]:\\)[^\"'`\n]+(?=[\"'`])")
+_ANY_PATH = re.compile(rf"(?<![\w./:~-])(?:~|/[\w.@+-]+)/{_END}")
+
 
 @dataclass(frozen=True)
 class Leak:
@@ -86,3 +92,25 @@ def leaks_in(file: Path, name: str) -> Iterator[Leak]:
     shown = path[0] if path else next(iter(JSON_PATHS.findall(text)), None) if file.suffix == ".json" else None
     if shown:
         yield Leak(name, "local path", shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}...")
+
+
+def without_leaks(text: str) -> str:
+    """Shorten local paths to their last parts, and leave tokens out.
+
+    Args:
+        text: A name, a path, or a sentence with some in it. A relative path stays, unless it leads upwards.
+
+    Returns:
+        What others may see of it.
+    """
+
+    def last_part(path: re.Match[str] | str) -> str:
+        whole = path if isinstance(path, str) else path[0]
+        return re.split(r"[/\\]+", whole.rstrip("/\\"))[-1]
+
+    text = TOKENS.sub("...", text)
+    if _IS_PATH.fullmatch(text) and not re.search(r"\s/|: ", text):
+        return last_part(text)
+    for pattern in (_QUOTED_PATH, PATHS, _ANY_PATH):
+        text = pattern.sub(last_part, text)
+    return text

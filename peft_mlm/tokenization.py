@@ -38,6 +38,8 @@ _FAST_SHARE, _SLOW_SHARE = 2**28, 2**22
 # What a tokenizer saves in its config that does not decide its ids here.
 _CONFIG = "tokenizer_config.json"
 _NO_MATTER = {"is_local", "local_files_only", "name_or_path", "model_max_length", "chat_template"}
+# Classes of lengths in a histogram; how many times the median the long texts have to be for classes that double.
+_CLASSES, _MANY_TIMES = 12, 8
 # Part of the cache key: raise it when this module gives other ids for the same text and tokenizer.
 _RESULT_VERSION = 1
 
@@ -52,6 +54,7 @@ class TokenFacts:
         unknown_tokens: How many of them are the tokenizer's unknown token.
         unknown_share: unknown_tokens / tokens, between 0 and 1; 0 if there are no tokens.
         longest_text: Tokens in the longest text.
+        text_lengths: How many texts have how many tokens (`length_histogram`).
     """
 
     texts: int
@@ -59,6 +62,7 @@ class TokenFacts:
     unknown_tokens: int
     unknown_share: float
     longest_text: int
+    text_lengths: dict[str, Any]
 
 
 def special_token_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -171,21 +175,52 @@ def describe_tokens(tokenized: Dataset, tokenizer: PreTrainedTokenizerBase) -> T
     Returns:
         The counts. A byte-level tokenizer has no unknown tokens.
     """
-    tokens = unknown = longest = 0
+    unknown, lengths = 0, [np.zeros(0, np.int32)]
     for table in tokenized.with_format("arrow").iter(batch_size=_BATCH_SIZE):
         column = table.column("input_ids").combine_chunks()
-        ids = column.flatten().to_numpy()
-        tokens += len(ids)
-        longest = max(longest, int(np.max(column.value_lengths().to_numpy(zero_copy_only=False))))
+        lengths.append(column.value_lengths().to_numpy(zero_copy_only=False))
         if tokenizer.unk_token_id is not None:
-            unknown += int(np.count_nonzero(ids == tokenizer.unk_token_id))
+            unknown += int(np.count_nonzero(column.flatten().to_numpy() == tokenizer.unk_token_id))
+    of_texts = np.concatenate(lengths)
+    tokens = int(of_texts.sum(dtype=np.int64))
     return TokenFacts(
         texts=len(tokenized),
         tokens=tokens,
         unknown_tokens=unknown,
         unknown_share=unknown / tokens if tokens else 0.0,
-        longest_text=longest,
+        longest_text=int(of_texts.max(initial=0)),
+        text_lengths=length_histogram(of_texts),
     )
+
+
+def length_histogram(lengths: np.ndarray) -> dict[str, Any]:
+    """Count texts by their length, in at most 13 classes.
+
+    The classes have one width (1, 2 or 5 times a power of ten), or, where most texts are far shorter than the long
+    ones, each has twice the width of the one before. Beyond the 99th percentile the last class holds the rest.
+
+    Args:
+        lengths: (texts,), tokens of each text.
+
+    Returns:
+        `edges` (of n classes, n + 1 lengths: class i holds the lengths from edge i to below edge i + 1), `counts` (n),
+        and the `median`; no class and a median of None where there is no text.
+    """
+    if len(lengths) == 0:
+        return {"edges": [], "counts": [], "median": None}
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    median, high = (float(value) for value in np.percentile(lengths, (50, 99)))
+    if high > _MANY_TIMES * max(median, 1):
+        top = int(high).bit_length()
+        powers = (2**exponent for exponent in range(max(0, top + 1 - _CLASSES), top + 1))
+        edges = [shortest, *(power for power in powers if shortest < power <= longest), longest + 1]
+    else:
+        widths = (step * 10**power for power in range(12) for step in (1, 2, 5))
+        width = next(w for w in widths if shortest // w * w + _CLASSES * w > high)
+        edges = list(range(shortest // width * width, int(high) + 1 + width, width))
+        edges += [longest + 1] if edges[-1] <= longest else []
+    counts, _ = np.histogram(lengths, edges)
+    return {"edges": edges, "counts": counts.tolist(), "median": median}
 
 
 def _processes(num_proc: int | None, texts: Dataset, *, fast: bool) -> int | None:

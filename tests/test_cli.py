@@ -22,6 +22,7 @@ ARGUMENTS = {
     "export": ("output_dir", "format", "encoder_only", "pooling", "dtype", "base", "any_base"),
     "inspect": ("base",),
     "verify": (),
+    "report": ("output_file",),
     "push": ("private", "revision", "commit_message", "dry_run"),
     "doctor": (),
     "demo": ("output_dir",),

@@ -25,6 +25,7 @@ OTHER_FLAGS = {
     "format",
     "pooling",
     "encoder_only",
+    "output_file",
 }
 
 

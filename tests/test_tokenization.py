@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import astuple
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertTokenizer,
@@ -23,7 +28,7 @@ from transformers import (
 )
 
 from peft_mlm.errors import ModelError
-from peft_mlm.tokenization import describe_tokens, special_token_frame, text_separator, tokenize
+from peft_mlm.tokenization import describe_tokens, length_histogram, special_token_frame, text_separator, tokenize
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 TEXTS = ["ab ba abab", "a", "ACD EFG", "b <mask> [MASK] a", "  ab\tzz ", "ab" * 400]
@@ -174,7 +179,8 @@ def test_no_texts_give_no_tokens(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("bert", tmp_path)
     tokenized = tokenize(Dataset.from_dict({"text": ["a"]}).select([]), tokenizer)
     assert tokenized.column_names == ["input_ids"]
-    assert astuple(describe_tokens(tokenized, tokenizer)) == (0, 0, 0, 0.0, 0)
+    no_lengths = {"edges": [], "counts": [], "median": None}
+    assert astuple(describe_tokens(tokenized, tokenizer)) == (0, 0, 0, 0.0, 0, no_lengths)
 
 
 def test_second_run_finds_the_result_of_the_first(tmp_path: Path) -> None:
@@ -241,7 +247,27 @@ def test_facts_count_the_tokens(tokenizer: Any) -> None:
     tokens = sum(len(row) for row in rows)
     unknown = sum(row.count(tokenizer.unk_token_id) for row in rows)
     facts = describe_tokens(tokenized, tokenizer)
-    assert astuple(facts) == (len(rows), tokens, unknown, unknown / tokens, max(len(row) for row in rows))
+    lengths = [len(row) for row in rows]
+    histogram = length_histogram(np.array(lengths))
+    assert astuple(facts) == (len(rows), tokens, unknown, unknown / tokens, max(lengths), histogram)
+
+
+@given(st.lists(st.one_of(st.integers(0, 30), st.integers(0, 10**6)), min_size=1, max_size=200))
+def test_classes_of_lengths_are_few_and_count_every_text_once(lengths: list[int]) -> None:
+    told = length_histogram(np.array(lengths, np.int32))
+    edges, counts = told["edges"], told["counts"]
+    assert 1 <= len(counts) <= 13
+    assert edges == sorted(set(edges))
+    assert counts == [sum(a <= length < b for length in lengths) for a, b in pairwise(edges)]
+    assert sum(counts) == len(lengths)
+    assert told["median"] == statistics.median(lengths)
+
+
+def test_classes_of_lengths_are_as_wide_as_people_count_and_double_where_lengths_differ_much() -> None:
+    even = length_histogram(np.arange(100, 120))
+    assert even == {"edges": list(range(100, 121, 2)), "counts": [2] * 10, "median": 109.5}
+    many_short = length_histogram(np.array([3] * 80 + [900] * 20))["edges"]
+    assert many_short == [3, 4, 8, 16, 32, 64, 128, 256, 512, 901]
 
 
 def test_tokenizer_without_unknown_token_has_none(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -330,7 +331,8 @@ def _write_start(prepared: Prepared, summary: dict[str, Any], checkpoint: Path |
         write_sources(prepared.arguments, run.sources)
     else:
         cut_metrics(run.metrics, read_json(checkpoint / "trainer_state.json")["global_step"])
-    write_json(run.environment, describe_environment(device_name(trainer.args.device)))
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(run.environment, {**describe_environment(device_name(trainer.args.device)), "started": started})
     write_json(run.dataset, prepared.corpus.facts)
     write_json(run.summary, summary)
 
