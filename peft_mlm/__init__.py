@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft_mlm.commands.inspect_adapter import inspect
     from peft_mlm.commands.merge import merge
     from peft_mlm.commands.push import push
+    from peft_mlm.commands.score import score
     from peft_mlm.commands.train import train
     from peft_mlm.commands.verify import verify
 
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "merge",
     "push",
+    "score",
     "train",
     "verify",
 ]
@@ -49,6 +51,7 @@ _MODULES = {
     "merge": "peft_mlm.commands.merge",
     "export": "peft_mlm.commands.export",
     "push": "peft_mlm.commands.push",
+    "score": "peft_mlm.commands.score",
     "inspect": "peft_mlm.commands.inspect_adapter",
     "verify": "peft_mlm.commands.verify",
     "load": "peft_mlm.adapter_set",
