@@ -1,7 +1,7 @@
 """Pseudo-log-likelihoods of texts: how probable a masked LM finds each token, given the others.
 
 A masked LM gives no probability of a text. Its pseudo-log-likelihood (PLL; Salazar et al. 2020,
-https://doi.org/10.18653/v1/2020.acl-main.240, equation 1) stands in for it: each token is masked in turn, and the log
+https://doi.org/10.18653/v1/2020.acl-main.240) stands in for it: each token is masked in turn, and the log
 probabilities of the right tokens are summed,
 
     PLL(W) = sum over t of ln p(w_t | W without w_t).
@@ -87,7 +87,7 @@ class PseudoLikelihood:
 
 
 def pseudo_perplexity(log_likelihood: float, tokens: int) -> float:
-    """Compute the pseudo-perplexity of one text or of many (Salazar et al. 2020, equation 4).
+    """Compute the pseudo-perplexity of one text or of many (Salazar et al. 2020).
 
     Args:
         log_likelihood: Sum of the pseudo-log-likelihoods, in nats.

@@ -1,4 +1,4 @@
-"""`peft-mlm score`: texts and mutations, from files into files, adapters beside their base, stopped and gone on with."""
+"""`peft-mlm score`: texts and mutations, from files into files, beside the base, stopped and gone on with."""
 
 from __future__ import annotations
 
