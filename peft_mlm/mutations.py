@@ -159,7 +159,8 @@ def encode_protein(
     for spelt in (sequence, " ".join(sequence)):
         ids = np.array(tokenizer(spelt, return_attention_mask=False)["input_ids"], np.int64)
         places = [place for place, token in enumerate(ids.tolist()) if token not in special]
-        if [[token] for token in ids[places].tolist()] == [single[letter] for letter in sequence]:
+        found = [[token] for token in ids[places].tolist()]
+        if found == [single[letter] for letter in sequence] and found.count(unknown) < len(found):
             break
     else:
         raise ModelError(

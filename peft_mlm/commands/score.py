@@ -34,7 +34,7 @@ VARIANTS = ("original", "within_word_l2r", "whole_word")
 # Figures over all rows, as they are shown.
 FIGURES = ("scored_tokens", "unknown_tokens", "pseudo_perplexity", "base_pseudo_perplexity")
 ROWS_SHOWN = 20
-TEXT_SHOWN = 60
+TEXT_SHOWN = 30
 logger = logging.getLogger("peft_mlm")
 
 
@@ -290,7 +290,7 @@ def _check_arguments(
         faults.append(
             "Mutations want the protein that they change: give its residues, or a FASTA file, by --sequence."
             if sequence is None
-            else "--sequence is for the marginals of mutations: leave it out, or --method pseudo_likelihood."
+            else "--sequence is for the marginals of mutations, not for pseudo_likelihood: leave one of them out."
         )
     if variant not in VARIANTS:
         faults.append(f"variant is {variant!r}: choose one of {', '.join(VARIANTS)}.")
@@ -332,7 +332,8 @@ def _memory_told(loaded: Loaded, options: ScoreOptions) -> Iterator[None]:
 
 
 def _show_rows(results: list[dict[str, Any]]) -> None:
-    hidden = ("tokens", "log_probabilities")
+    hidden = {"tokens", "log_probabilities"}
+    hidden |= {name for name in ("unknown_tokens", "cut_tokens") if not any(row.get(name) for row in results)}
     columns = [name for name in results[0] if name not in hidden]
     rows = []
     for record in results[:ROWS_SHOWN]:

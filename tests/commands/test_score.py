@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import random
 import signal
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from peft import PeftModel
 from transformers import AutoModelForMaskedLM
 
 import peft_mlm
-from peft_mlm.cli import main
 from peft_mlm.commands.demo import ASSETS
 from peft_mlm.loading import load_target, resolve_target, with_quantisation
+from peft_mlm.run_folder import write_json
 from tests.commands.conftest import Answer
 from tests.test_pseudo_likelihood import plain
 from tests.tiny import letter_texts, letter_tokenizer, save_base
@@ -153,42 +153,73 @@ def test_a_quantised_base_is_scored_as_it_is_loaded(tmp_path: Path) -> None:
     assert abs(wanted - float_base) > 1e-3
 
 
-def start(words: list[str]) -> int:
-    """Run the command in a process of its own, which has the libraries already."""
-    child = os.fork()
-    if not child:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os._exit(main(words))
-        finally:
-            os._exit(1)
-    return child
+def stop_after(written: int, stop: Callable[[], object]) -> Callable[[Path, Any], None]:
+    """Stop when rows are in the file, before they are counted; `written` counts come first."""
+    left = iter(range(written))
+
+    def write(path: Path, record: Any) -> None:
+        if next(left, None) is None:
+            stop()
+        write_json(path, record)
+
+    return write
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl"])
-def test_a_job_that_was_killed_goes_on_and_ends_with_the_same_file(
+def test_a_job_that_was_stopped_goes_on_and_ends_with_the_same_file(
     ending: str, base_folder: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peft_mlm.scoring.CPU_TOKENS_PER_STEP", 3000)
     table = write_csv(tmp_path / "in.csv", ["text"], [[text] for text in letter_texts(60)])
-    whole, killed = tmp_path / f"whole{ending}", tmp_path / f"killed{ending}"
-    words = ["score", str(base_folder), str(table), "--output_file"]
+    whole, stopped = tmp_path / f"whole{ending}", tmp_path / f"stopped{ending}"
+    words = ["score", base_folder, table, "--output_file"]
     assert command(*words, whole, "--json").record["rows"] == 60
-    child = start([*words, str(killed)])
-    job = tmp_path / f"killed{ending}.job.json"
-    while not (job.exists() and json.loads(job.read_text())["rows"] > 0):
-        assert os.waitpid(child, os.WNOHANG) == (0, 0)
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    done = json.loads(job.read_text())["rows"]
-    assert 0 < done < 60
-    answer = command(*words, killed, "--json")
-    assert f"{done} of 60 rows are scored already" in answer.err
-    assert killed.read_bytes() == whole.read_bytes()
-    again = command(*words, killed, "--json")
+    job, counts = tmp_path / f"stopped{ending}.job.json", [0]
+    for written in (1, 3, 2):  # in the first step, the first count being that of no rows; three steps later; again
+        with monkeypatch.context() as patch:
+            patch.setattr("peft_mlm.result_file.write_json", stop_after(written, interrupt))
+            assert command(*words, stopped).code == 130
+        record = json.loads(job.read_text())
+        assert stopped.stat().st_size > record["bytes"]
+        counts.append(record["rows"])
+    assert 0 == counts[1] < counts[2] < counts[3] < 60
+    answer = command(*words, stopped, "--json")
+    assert f"{counts[-1]} of 60 rows are scored already" in answer.err
+    assert stopped.read_bytes() == whole.read_bytes()
+    again = command(*words, stopped, "--json")
     assert "has all its results already" in again.err
-    assert again.record == answer.record == {**command(*words, whole, "--json").record, "output_file": str(killed)}
+    assert again.record == answer.record == {**command(*words, whole, "--json").record, "output_file": str(stopped)}
+
+
+# Kills itself when some rows are in the file and not counted yet.
+KILLED = """
+import os, signal, sys, torch
+from peft_mlm import result_file, scoring
+from peft_mlm.cli import main
+from tests.commands.test_score import stop_after
+torch.set_num_threads(1)
+scoring.CPU_TOKENS_PER_STEP = 3000
+result_file.write_json = stop_after(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+main(sys.argv[1:])
+"""
+
+
+def test_a_job_that_was_killed_goes_on_and_ends_with_the_same_file(
+    base_folder: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = write_csv(tmp_path / "in.csv", ["text"], [[text] for text in letter_texts(60)])
+    words = ["score", str(base_folder), str(table), "--output_file"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words, str(tmp_path / "killed.csv")], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert 0 < json.loads((tmp_path / "killed.csv.job.json").read_text())["rows"] < 60
+    monkeypatch.setattr("peft_mlm.scoring.CPU_TOKENS_PER_STEP", 3000)
+    for name in ("killed.csv", "whole.csv"):
+        assert command(*words, tmp_path / name).code == 0
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 @pytest.mark.parametrize(
