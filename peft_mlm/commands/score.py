@@ -172,7 +172,7 @@ def show(record: dict[str, Any]) -> None:
         facts.append([f"Spearman's rho with {found['measured']} ({found['pairs']} rows)", found["rho"]])
     if record["output_file"] is not None:
         facts.append(["written to", record["output_file"]])
-    print_table(f"{record['model']}: {record['method']}", None, facts, stream=sys.stdout)
+    print_table("", None, facts, stream=sys.stdout)
 
 
 def help_text() -> str:
