@@ -66,7 +66,8 @@ class ResultFile:
         self._stream.seek(0)
         text = self._stream.read().decode()
         if self._path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines()]
+            return [json.loads(line) for line in text.split("\n") if line]
+        csv.field_size_limit(2**31 - 1)
         return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=DELIMITERS[self._path.suffix]))
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -100,12 +101,9 @@ class ResultFile:
     def _format(self, rows: Sequence[Mapping[str, Any]]) -> str:
         if self._path.suffix == ".jsonl":
             return "".join(json.dumps(finite(dict(row)), ensure_ascii=False, default=str) + "\n" for row in rows)
-        text = io.StringIO(newline="")
-        table = csv.writer(text, delimiter=DELIMITERS[self._path.suffix], lineterminator="\n")
-        if self._record["bytes"] == 0:
-            table.writerow(self._columns)
-        table.writerows([_cell(row.get(name)) for name in self._columns] for row in rows)
-        return text.getvalue()
+        header = [self._columns] if self._record["bytes"] == 0 else []
+        cells = [[_cell(row.get(name)) for name in self._columns] for row in rows]
+        return "".join(_line(row, DELIMITERS[self._path.suffix]) for row in [*header, *cells])
 
 
 def check_result_file(path: Path, job: Mapping[str, Any]) -> None:
@@ -178,6 +176,13 @@ def _tell(name: str, there: Any, here: Any) -> str:
 
 def _job_file(path: Path) -> Path:
     return path.with_name(path.name + JOB_SUFFIX)
+
+
+def _line(cells: Sequence[Any], delimiter: str) -> str:
+    # "\r" and "\n" are quoted where both are in the end of a line, whatever the version of Python.
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter, lineterminator="\r\n").writerow(cells)
+    return text.getvalue()[:-2] + "\n"
 
 
 def _cell(value: Any) -> Any:

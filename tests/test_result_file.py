@@ -16,7 +16,7 @@ JOB = {"method": "original", "text": "0123456789abcdef0123456789abcdef"}
 COLUMNS = ["text", "score", "tokens"]
 ROWS: list[dict[str, Any]] = [
     {"text": 'a, "b"\n\tc', "score": -0.1, "tokens": ["a", "b"]},
-    {"text": "é🙂", "score": math.nan, "tokens": []},
+    {"text": "é🙂\u2028\x85\r.", "score": math.nan, "tokens": []},
     {"text": "", "score": 1e-300, "tokens": None},
 ]
 
