@@ -109,6 +109,13 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def leave_processes() -> None:
+    """Take leave of the other processes of a run, once the work is done; one that ends without it may be aborted."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def show_notices(stream: TextIO) -> None:
     """Show what peft_mlm's own logger says, one line each.
 
