@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import peft_mlm
 from peft_mlm.adapter import plan_adapter, save_adapter, wrap
@@ -78,6 +79,46 @@ def test_none_is_the_base(together: AdapterSet, base_folder: Path) -> None:
     mixed = together.logits(IDS, torch.ones_like(IDS), [None, None])
     assert torch.equal(mixed, base)
     assert together.active is None
+
+
+def state_of_switch(model: Any) -> list[Any]:
+    """All that PEFT sets when it switches."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    grads = [name for name, p in model.named_parameters() if p.requires_grad]
+    told = [(layer.active_adapters, layer.disable_adapters, layer.merged) for layer in layers]
+    return [model.active_adapter, model.active_adapters, model.base_model.active_adapter, told, grads]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_switch_leaves_what_pefts_own_leaves(
+    together: AdapterSet, base_folder: Path, tmp_path: Path, changed: bool
+) -> None:
+    if changed:
+        together.add("more", make(base_folder, tmp_path / "more", 11))
+        together.remove("mouse")
+    names = together.names
+    for name in (*names, None, names[-1], names[0], None, names[0]):
+        ours = state_of_switch(together.use(name))
+        assert together._layers  # PEFT's was not asked
+        if name is None:
+            together.model.base_model.disable_adapter_layers()
+        else:
+            together.model.base_model.enable_adapter_layers()
+            together.model.set_adapter(together._inner[name], inference_mode=True)
+        assert ours == state_of_switch(together.model)
+
+
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["dense"]}, {"peft_method": "ln_tuning"}, {"peft_method": "unilora"}], ids=str
+)
+def test_where_there_is_more_to_switch_peft_does_it(base_folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    paths = {str(seed): make(base_folder, tmp_path / str(seed), seed, **options) for seed in (1, 2)}
+    both = load_adapters(paths, base=str(base_folder))
+    base = logits_at(load(str(base_folder)).model, IDS)
+    for name in ("2", "1", None, "2", None, "1"):
+        expected = base if name is None else alone(paths[name])
+        assert same(logits_at(both.use(name), IDS), expected)
+    assert not both._layers
 
 
 def test_the_base_is_in_memory_once(together: AdapterSet, base_folder: Path) -> None:

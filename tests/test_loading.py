@@ -27,6 +27,7 @@ import json, sys
 import torch
 import peft_mlm
 from peft_mlm.errors import PeftMlmError
+torch.set_num_threads(1)  # as here, so that sums are made in the same order
 ids = torch.tensor([[0, 7, 4, 9, 10, 4, 12, 13, 2]])
 results = []
 for call in json.loads(sys.argv[1]):
@@ -267,3 +268,16 @@ def test_adapter_and_base_are_fetched_from_the_hub_at_the_recorded_commit(
     # A name that is no adapter's is not asked for the adapter's other files.
     assert not [path for _, path, _ in hub.requests if path.startswith("/org/base/") and "adapter_model" in path]
     assert not [path for _, path, _ in hub.requests if path.startswith("/me/nothing/") and "adapter_model" in path]
+
+
+def test_a_revision_behind_a_hub_name_is_parted_from_it_but_not_from_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, parted in (("org/a@v1", ("org/a", "v1")), ("bert@refs/pr/3", ("bert", "refs/pr/3")), ("org/a", None)):
+        target = resolve_target(name)
+        named = (target.base.model_name_or_path, target.base.model_revision)
+        assert named == (parted or (name, "main"))
+    save_base(tmp_path / "org" / "a@v1")
+    assert resolve_target("org/a@v1").base.model_name_or_path == "org/a@v1"
+    assert resolve_target("./org/a@v1").base.model_name_or_path == "./org/a@v1"
