@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft_mlm.commands.merge import merge
     from peft_mlm.commands.push import push
     from peft_mlm.commands.report import report
+    from peft_mlm.commands.score import score
     from peft_mlm.commands.train import train
     from peft_mlm.commands.verify import verify
 
@@ -39,6 +40,7 @@ __all__ = [
     "merge",
     "push",
     "report",
+    "score",
     "train",
     "verify",
 ]
@@ -55,6 +57,7 @@ _MODULES = {
     "export": "peft_mlm.commands.export",
     "push": "peft_mlm.commands.push",
     "report": "peft_mlm.commands.report",
+    "score": "peft_mlm.commands.score",
     "inspect": "peft_mlm.commands.inspect_adapter",
     "verify": "peft_mlm.commands.verify",
     "load": "peft_mlm.adapter_set",

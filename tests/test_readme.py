@@ -20,6 +20,7 @@ OTHER_FLAGS = {
     "base",
     "any_base",
     "output_dir",
+    "output_file",
     "top_k",
     "adapter",
     "format",
