@@ -26,7 +26,6 @@ OTHER_FLAGS = {
     "format",
     "pooling",
     "encoder_only",
-    "output_file",
 }
 
 
