@@ -1,7 +1,7 @@
 """A base and what was made of it, side by side: the base is loaded once, with its adapters on it.
 
-Adapters that cannot be switched off (their biases lie in the base's), and models that were trained whole, stand beside a
-base that is loaded by itself.
+Adapters that cannot be switched off (their biases lie in the base's), and models that were trained whole, stand beside
+a base that is loaded by itself.
 """
 
 from __future__ import annotations

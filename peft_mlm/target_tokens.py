@@ -1,8 +1,8 @@
 """Words that a user names -> the tokens that would stand for them at a mask.
 
-transformers' fill-mask pipeline looks a word up as the vocabulary spells it: in a byte-level or SentencePiece vocabulary
-`pain` is then the end of a longer word, not the word after a space; and of a word that is no token it takes the first
-piece. Here what stands before the mask decides which token is meant, and a word that is no token is refused.
+transformers' fill-mask pipeline looks a word up as the vocabulary spells it: in a byte-level or SentencePiece
+vocabulary `pain` is then the end of a longer word, not the word after a space; and of a word that is no token it takes
+the first piece. Here what stands before the mask decides which token is meant, and a word that is no token is refused.
 """
 
 from __future__ import annotations
