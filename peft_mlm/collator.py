@@ -263,7 +263,7 @@ def from_tokenizer(
     return MaskingCollator(
         mask_id=tokenizer.mask_token_id,
         pad_id=tokenizer.pad_token_id,
-        special_ids=_special_ids(tokenizer),
+        special_ids=special_ids_of(tokenizer),
         vocab_size=len(tokenizer),
         padding_side=tokenizer.padding_side,
         mlm_probability=mlm_probability,
@@ -276,8 +276,15 @@ def from_tokenizer(
     )
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """List special tokens: those with a role, and those added as special, which `all_special_ids` may leave out."""
+def special_ids_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """List special tokens: those with a role, and those added as special, which `all_special_ids` may leave out.
+
+    Args:
+        tokenizer: Any tokenizer.
+
+    Returns:
+        Their ids, some twice.
+    """
     added = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
     return [*tokenizer.all_special_ids, *added]
 

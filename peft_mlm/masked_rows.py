@@ -1,0 +1,135 @@
+"""Rows of tokens with masks of one's own choice -> log probabilities at some of their positions.
+
+Pseudo-likelihoods and scores of mutations ask a model about many copies of a text, each masked elsewhere. Rows of one
+length make a batch, so that nothing is padded: a row's numbers do not depend on the rows beside it, also for model types
+that do not keep padding apart. The head runs at the positions that are read, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from peft_mlm.collator import IGNORE_INDEX
+from peft_mlm.cross_entropy import cross_entropies
+from peft_mlm.fused_lora import fused_lora
+from peft_mlm.gathered_head import Door, base_of, find_door, sum_over_masked
+from peft_mlm.probing import evaluating
+
+# Tokens of a batch: enough for a processor's cores, or for a GPU's.
+CPU_TOKENS_PER_BATCH = 4096
+GPU_TOKENS_PER_BATCH = 32768
+
+Ids = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.float64]
+
+
+class MaskedRow(NamedTuple):
+    """A row, where it is masked, and where it is read.
+
+    Attributes:
+        ids: Its tokens, special ones included, (T,).
+        masked: Positions that hold the mask token in place of their own.
+        read: Positions whose log probabilities are wanted, in ascending order.
+    """
+
+    ids: Ids
+    masked: Sequence[int]
+    read: Sequence[int]
+
+
+def log_probabilities(
+    model: PreTrainedModel,
+    rows: Sequence[MaskedRow],
+    mask_id: int,
+    *,
+    candidates: Sequence[int] | None = None,
+    max_tokens_per_batch: int | None = None,
+    door: Door | None | Literal["find"] = "find",
+    advance: Callable[[int], Any] = lambda rows: None,
+) -> list[Numbers]:
+    """Ask a model for log probabilities at some positions of masked rows.
+
+    Args:
+        model: A masked LM, with or without an adapter; it is run where it is, in evaluation mode.
+        rows: The rows.
+        mask_id: The mask token.
+        candidates: Tokens whose log probabilities are wanted at each position that is read; None for the token that
+            stands there in `ids`.
+        max_tokens_per_batch: Rows times their length, at most; a longer row is a batch of its own. Default 4096 on a
+            CPU, 32768 elsewhere. It changes speed and memory, and nothing else.
+        door: From `find_door`, where the caller has it; None runs the head on every position.
+        advance: Is told after each batch how many rows it had.
+
+    Returns:
+        For each row, in the order given, ln p in nats: (positions read,), or (positions read, candidates). Computed in
+        float32, or in float64 where the model is.
+    """
+    if max_tokens_per_batch is None:
+        max_tokens_per_batch = CPU_TOKENS_PER_BATCH if model.device.type == "cpu" else GPU_TOKENS_PER_BATCH
+    if door == "find":
+        door = find_door(base_of(model))
+    wanted = None if candidates is None else torch.tensor(list(candidates), device=model.device)
+    found: list[Numbers] = [np.empty(0)] * len(rows)
+    with evaluating(model), fused_lora(model), torch.no_grad():
+        for numbers in _batches([len(row.ids) for row in rows], max_tokens_per_batch):
+            batch = [rows[number] for number in numbers]
+            values = _ask(model, batch, mask_id, wanted, door)
+            ends = np.cumsum([len(row.read) for row in batch])
+            for number, part in zip(numbers, np.split(values, ends[:-1]), strict=True):
+                found[number] = part
+            advance(len(batch))
+    return found
+
+
+def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Put rows of one length together, the longest first: what does not fit into memory fails at once."""
+    by_length: defaultdict[int, list[int]] = defaultdict(list)
+    for number, length in enumerate(lengths):
+        by_length[length].append(number)
+    for length, numbers in sorted(by_length.items(), reverse=True):
+        size = max(1, max_tokens // length)
+        for start in range(0, len(numbers), size):
+            yield numbers[start : start + size]
+
+
+def _ask(
+    model: PreTrainedModel,
+    batch: Sequence[MaskedRow],
+    mask_id: int,
+    candidates: torch.Tensor | None,
+    door: Door | None,
+) -> Numbers:
+    """Run rows of one length, and give the log probabilities of all positions that are read, row after row."""
+    ids = np.stack([row.ids for row in batch])
+    masked, read = _places([row.masked for row in batch]), _places([row.read for row in batch])
+    labels = np.full_like(ids, IGNORE_INDEX)
+    labels[read] = ids[read]
+    ids[masked] = mask_id
+    given = torch.from_numpy(ids).to(model.device)
+    inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+    pieces: list[torch.Tensor] = []
+
+    def keep(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if candidates is None:
+            pieces.append(-cross_entropies(logits, targets))
+        else:
+            exact = logits if logits.dtype == torch.float64 else logits.float()
+            pieces.append(exact.log_softmax(dim=-1)[:, candidates])
+        return logits.new_zeros(())
+
+    # The pieces come in the order of the positions; their sum is of no use here.
+    sum_over_masked(model, inputs, torch.from_numpy(labels).to(model.device), keep, door=door)
+    return torch.cat(pieces).double().cpu().numpy()
+
+
+def _places(positions: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:
+    """Number the rows of positions: (row, position) of each, as an index of a matrix."""
+    rows = np.repeat(np.arange(len(positions)), [len(some) for some in positions])
+    return rows, np.array([position for some in positions for position in some], np.int64)
