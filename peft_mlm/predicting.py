@@ -21,6 +21,7 @@ from peft_mlm.collator import IGNORE_INDEX
 from peft_mlm.errors import DataError
 from peft_mlm.gathered_head import Door, base_of, find_door, sum_over_masked
 from peft_mlm.loading import Loaded
+from peft_mlm.masked_rows import CPU_TOKENS_PER_BATCH, GPU_TOKENS_PER_BATCH
 from peft_mlm.positions import position_limit
 from peft_mlm.target_tokens import TokenFinder, Words, before_masks, token_finder, tokens_at
 
@@ -124,12 +125,14 @@ class Predictor:
 
     Args:
         loaded: One of them.
-        batch_size: Texts of a batch at most.
+        max_tokens_per_batch: Texts of a batch times their tokens, at most; a longer text is a batch of its own. Default
+            4096 on a CPU, 32768 elsewhere.
     """
 
-    def __init__(self, loaded: Loaded, *, batch_size: int = 32) -> None:
+    def __init__(self, loaded: Loaded, *, max_tokens_per_batch: int | None = None) -> None:
         self.tokenizer = loaded.tokenizer
-        self.batch_size = batch_size
+        on_cpu = loaded.model.device.type == "cpu"
+        self.max_tokens = max_tokens_per_batch or (CPU_TOKENS_PER_BATCH if on_cpu else GPU_TOKENS_PER_BATCH)
         self.limit = position_limit(loaded.base.model)
         self._doors: dict[int, Door | None] = {}
         self._finder: TokenFinder = token_finder(self.tokenizer)
@@ -173,7 +176,7 @@ class Predictor:
             for before in {before for text in texts for before in text.before}
         }
         answers: dict[int, dict[str, Any]] = {}
-        batches = list(batches_of([len(text.input_ids) for text in texts], self.batch_size))
+        batches = list(batches_of([len(text.input_ids) for text in texts], self.max_tokens))
         for batch in tqdm(batches, "Predicting", disable=None if len(texts) >= MANY_TEXTS else True):
             chosen = [texts[index] for index in batch]
             ids = torch.tensor([text.input_ids for text in chosen])
@@ -228,7 +231,7 @@ class Predictor:
         return answer
 
     def _token(self, token_id: int, probabilities: torch.Tensor) -> dict[str, Any]:
-        token = self.tokenizer.decode([token_id]).strip()
+        token = shown_token(self.tokenizer, token_id)
         return {"token": token, "token_id": token_id, "probability": float(probabilities[token_id])}
 
     def _record(self, text: MaskedText, answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -243,23 +246,37 @@ class Predictor:
         }
 
 
-def batches_of(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+def shown_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """Write a token for people.
+
+    Args:
+        tokenizer: Its tokenizer.
+        token_id: The token.
+
+    Returns:
+        Its text without space around it; where that is nothing, the token as the vocabulary writes it.
+    """
+    return str(tokenizer.decode([token_id])).strip() or str(tokenizer.convert_ids_to_tokens(token_id))
+
+
+def batches_of(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Put texts of as many tokens into batches.
 
     Example:
-        >>> list(batches_of([5, 3, 5, 5], 2))
-        [[1], [0, 2], [3]]
+        >>> list(batches_of([5, 3, 5, 5], 10))
+        [[0, 2], [3], [1]]
 
     Args:
         lengths: Tokens of each text.
-        batch_size: Texts of a batch at most.
+        max_tokens: Texts of a batch times their tokens, at most.
 
     Yields:
-        Numbers of the texts of a batch, from the shortest texts to the longest.
+        Numbers of the texts of a batch; the longest first: what does not fit into memory fails at once.
     """
-    for _, same in groupby(sorted(range(len(lengths)), key=lambda index: lengths[index]), lambda i: lengths[i]):
-        group = list(same)
-        yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for length, same in groupby(order, lambda index: lengths[index]):
+        group, size = list(same), max(1, max_tokens // length)
+        yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
 def at_positions(
