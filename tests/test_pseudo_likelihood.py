@@ -55,6 +55,7 @@ def plain(model: Any, tokenizer: Any, text: str) -> list[float]:
     return by_hand(model, ids, [[place] for place in read], read, tokenizer.mask_token_id)
 
 
+
 @pytest.mark.parametrize("model_type", [*MODEL_TYPES, *SENSITIVE])
 def test_a_text_scores_as_in_a_plain_loop_alone_and_among_others_at_any_batch_size(model_type: str) -> None:
     model, tokenizer = tiny_model(model_type).double(), letter_tokenizer()
