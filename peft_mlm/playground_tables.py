@@ -17,22 +17,28 @@ BASE = "base"
 FULL_CHANGE = 3.0
 STRONGEST = 0.55
 CSS = """
-.play table { border-collapse: collapse; width: auto; margin: 0.3rem 0 0.9rem; color: var(--body-text-color); }
-.play th, .play td { padding: 0.3rem 0.75rem; text-align: left; vertical-align: top; border: 0;
-  border-bottom: 1px solid var(--border-color-primary); white-space: nowrap; }
-.play th { font-weight: 600; }
-.play td.number, .play th.number { text-align: right; font-variant-numeric: tabular-nums; }
+.play table { border-collapse: collapse; width: auto; margin: 0.3rem 0 0.9rem; border: 0;
+  color: var(--body-text-color); }
+.play thead, .play tr { border: 0; background: none; }
+.play th, .play td { padding: 0.3rem 0.9rem 0.3rem 0; text-align: left; vertical-align: top; border: 0;
+  border-bottom: 1px solid var(--border-color-primary); white-space: nowrap; background: none; }
+.play th { font-weight: 600; white-space: normal; }
+.play .number { text-align: right; font-variant-numeric: tabular-nums; }
+.play .wrapped { white-space: normal; overflow-wrap: anywhere; }
 .play .wide { overflow-x: auto; max-width: 100%; }
 .play h3 { margin: 1rem 0 0.2rem; font-size: 1.05rem; color: var(--body-text-color); }
 .play p { margin: 0.3rem 0; color: var(--body-text-color); }
-.play .quiet { color: var(--body-text-color-subdued); font-size: 0.92em; }
-.play .text { line-height: 2; overflow-wrap: anywhere; margin: 0.2rem 0 0.8rem; }
-.play .text span { border-radius: 3px; padding: 0.12rem 0.05rem; }
-.play .other { outline: 2px solid var(--body-text-color); outline-offset: -1px; border-radius: 3px; }
+.play .quiet { opacity: 0.75; font-size: 0.92em; }
+.play .text { line-height: 2.1; overflow-wrap: anywhere; margin: 0.2rem 0 0.8rem; }
+.play .text span { border-radius: 3px; padding: 0.14rem 0.12rem; }
+.play .text .other, .play code.other { outline: 2px solid var(--body-text-color); outline-offset: -1px;
+  border-radius: 3px; }
+.play code { background: none; border: 0; padding: 0.08rem 0.3rem; margin-left: -0.3rem; font-size: 0.95em;
+  color: var(--body-text-color); }
+.play code.other { margin-left: 0; }
 .play .bar { display: block; height: 3px; margin-top: 2px; border-radius: 2px; background: rgb(59, 130, 246); }
-.play .probability { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums;
-  padding-left: 0.6rem; }
-.play td code { background: none; padding: 0; color: var(--body-text-color); font-size: 0.95em; }
+.play .probability { opacity: 0.8; font-variant-numeric: tabular-nums; padding-left: 0.4rem; }
+.play .best { display: block; font-size: 0.88em; }
 .play details summary { cursor: pointer; color: var(--body-text-color); padding: 0.2rem 0; }
 .play .fault { border-left: 4px solid rgb(234, 88, 12); padding: 0.3rem 0.8rem; }
 """
@@ -95,7 +101,7 @@ def tokens_html(record: Mapping[str, Any]) -> str:
         for side in record["sides"]
     ]
     header = ["", "pseudo-perplexity", "pseudo-log-likelihood"]
-    parts = ["<h3>Each token masked in turn</h3>", _table(header, totals, numbers=(1, 2))]
+    parts = ["<h3>Each token masked in turn</h3>", _table(header, totals, numbers=True)]
     parts.append(
         f'<p class="quiet">{_count(len(record["tokens"]), "token")} scored'
         + (f"; {_count(record['unknown'], 'unknown one')} left out" if record["unknown"] else "")
@@ -152,20 +158,18 @@ def _coloured(record: Mapping[str, Any], place: int) -> str:
 
 
 def _tokens(names: Sequence[str | None], tokens: Sequence[dict[str, Any]]) -> str:
-    header = [
-        "token",
-        *(f"{side_name(name)}: p" for name in names),
-        *(f"{side_name(name)} would write" for name in names),
-    ]
+    """A row for each token: its probability with each model, and what that would write."""
     rows = []
     for token in tokens:
-        first = token["views"][0]
-        best = [
-            _code(view["best"], f"{view['best_probability']:.4f}", other=view["best_id"] != first["best_id"])
+        base = token["views"][0]["best_id"]
+        views = [
+            f"{view['probability']:.4f}"
+            f'<span class="best">{_code(view["best"], view["best_probability"], other=view["best_id"] != base)}</span>'
             for view in token["views"]
         ]
-        rows.append([_code(token["token"]), *(f"{view['probability']:.4f}" for view in token["views"]), *best])
-    return _table(header, rows, numbers=range(1, len(names) + 1))
+        rows.append([_code(token["token"]), *views])
+    told = '<p class="quiet">The probability of the token; below it what the model would write, and how probable.</p>'
+    return told + _table(["token", *(side_name(name) for name in names)], rows)
 
 
 def _predictions(each: Mapping[str | None, Sequence[dict[str, Any]]]) -> str:
@@ -174,9 +178,9 @@ def _predictions(each: Mapping[str | None, Sequence[dict[str, Any]]]) -> str:
         cells = [
             _code(
                 guess["token"],
-                f"{guess['probability']:.4f}",
+                guess["probability"],
                 other=place == 0 and guess["token_id"] != guesses[0]["token_id"],
-                bar=guess["probability"],
+                bar=True,
             )
             for guess in guesses
         ]
@@ -189,7 +193,8 @@ def _told(others: Sequence[str | None], sides: int) -> str:
         return ""
     if not others:
         return "<p>The most probable token is the same.</p>"
-    return f"<p>Changed by {escape(', '.join(side_name(name) for name in others))}.</p>"
+    would = "would write another token than" if len(others) == 1 else "would write other tokens than"
+    return f"<p>{escape(', '.join(side_name(name) for name in others))} {would} the base.</p>"
 
 
 def _differ(token: Mapping[str, Any]) -> bool:
@@ -208,26 +213,22 @@ def _name(name: str | None) -> str:
     return escape(side_name(name))
 
 
-def _code(token: str, probability: str = "", *, other: bool = False, bar: float | None = None) -> str:
+def _code(token: str, probability: float | None = None, *, other: bool = False, bar: bool = False) -> str:
     framed = ' class="other"' if other else ""
-    figure = f'<span class="probability">{probability}</span>' if probability else ""
-    drawn = "" if bar is None else f'<span class="bar" style="width: {max(1.0, 100 * bar):.0f}%"></span>'
+    figure = "" if probability is None else f'<span class="probability">{probability:.4f}</span>'
+    drawn = f'<span class="bar" style="width: calc(2px + {probability or 0:.4f} * 6rem)"></span>' if bar else ""
     return f"<code{framed}>{escape(token)}</code>{figure}{drawn}"
 
 
-def _table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = (), wrap: bool = False
-) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False, wrap: bool = False) -> str:
     """Make a table that scrolls within itself where the page is narrow; cells are HTML, the header is text."""
-
-    def attributes(place: int) -> str:
-        return ' class="number"' if place in numbers else ' style="white-space: normal"' if wrap and place else ""
-
-    head = "".join(f'<th scope="col"{attributes(place)}>{escape(name)}</th>' for place, name in enumerate(header))
-    body = "".join(
-        f"<tr>{''.join(f'<td{attributes(place)}>{cell}</td>' for place, cell in enumerate(row))}</tr>" for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = ' class="number"' if numbers else ' class="wrapped"' if wrap else ""
+    head = "".join(f'<th scope="col"{kind if place else ""}>{escape(name)}</th>' for place, name in enumerate(header))
+    body = []
+    for row in rows:
+        cells = [f"<td{kind if place else ''}>{cell}</td>" for place, cell in enumerate(row)]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _page(parts: Sequence[str]) -> str:

@@ -169,7 +169,7 @@ def show(record: dict[str, Any]) -> None:
             for place, found in enumerate(mask["predictions"]):
                 label = f"mask {number}" if place == 0 else ""
                 rows.append([label, found["token"], *_figures({"rank": place + 1, **found}, fields)])
-            rows += [["", f"{one['target']} *", *_figures(one, fields)] for one in mask.get("targets", ())]
+            rows += [["target", one["target"], *_figures(one, fields)] for one in mask.get("targets", ())]
         header = [{"probability_among": "of these"}.get(name, name) for name in fields]
         print_table(result["text"], ["", "token", *header], rows, stream=sys.stdout)
         print(result["filled"])
