@@ -96,6 +96,7 @@ def tokens_html(record: Mapping[str, Any]) -> str:
         HTML: pseudo-perplexities, the text coloured for each adapter, the tokens that changed, and all tokens.
     """
     names = [side["name"] for side in record["sides"]]
+    tokens = dict(enumerate(record["tokens"], start=1))
     totals = [
         [_name(side["name"]), f"{side['pseudo_perplexity']:.4g}", f"{side['log_likelihood']:.2f}"]
         for side in record["sides"]
@@ -103,7 +104,7 @@ def tokens_html(record: Mapping[str, Any]) -> str:
     header = ["", "pseudo-perplexity", "pseudo-log-likelihood"]
     parts = ["<h3>Each token masked in turn</h3>", _table(header, totals, numbers=True)]
     parts.append(
-        f'<p class="quiet">{_count(len(record["tokens"]), "token")} scored'
+        f'<p class="quiet">{_count(len(tokens), "token")} scored'
         + (f"; {_count(record['unknown'], 'unknown one')} left out" if record["unknown"] else "")
         + ". Lower pseudo-perplexity: the model finds the text more probable.</p>"
     )
@@ -115,11 +116,11 @@ def tokens_html(record: Mapping[str, Any]) -> str:
             '<p class="quiet">Blue: more probable than with the base. Orange: less. The stronger, the more (full at a '
             "factor of 20). Framed: another most probable token than the base's.</p>"
         )
-        rows = [token for token in record["tokens"] if _differ(token)]
-        parts.append(f"<h3>Tokens that changed: {len(rows)} of {len(record['tokens'])}</h3>")
+        rows = {place: token for place, token in tokens.items() if _differ(token)}
+        parts.append(f"<h3>Tokens that changed: {len(rows)} of {len(tokens)}</h3>")
         parts.append(_tokens(names, rows) if rows else "<p>All models would write the same token everywhere.</p>")
     shown = " open" if not compared else ""
-    parts.append(f"<details{shown}><summary>All tokens</summary>{_tokens(names, record['tokens'])}</details>")
+    parts.append(f"<details{shown}><summary>All tokens</summary>{_tokens(names, tokens)}</details>")
     return _page(parts)
 
 
@@ -157,19 +158,19 @@ def _coloured(record: Mapping[str, Any], place: int) -> str:
     return f'<p class="text">{"".join(parts)}{escape(tail)}</p>'
 
 
-def _tokens(names: Sequence[str | None], tokens: Sequence[dict[str, Any]]) -> str:
-    """A row for each token: its probability with each model, and what that would write."""
+def _tokens(names: Sequence[str | None], tokens: Mapping[int, dict[str, Any]]) -> str:
+    """A row for each token: its place in the text, its probability with each model, and what that would write."""
     rows = []
-    for token in tokens:
+    for place, token in tokens.items():
         base = token["views"][0]["best_id"]
         views = [
             f"{view['probability']:.4f}"
             f'<span class="best">{_code(view["best"], view["best_probability"], other=view["best_id"] != base)}</span>'
             for view in token["views"]
         ]
-        rows.append([_code(token["token"]), *views])
+        rows.append([str(place), _code(token["token"]), *views])
     told = '<p class="quiet">The probability of the token; below it what the model would write, and how probable.</p>'
-    return told + _table(["token", *(side_name(name) for name in names)], rows)
+    return told + _table(["", "token", *(side_name(name) for name in names)], rows)
 
 
 def _predictions(each: Mapping[str | None, Sequence[dict[str, Any]]]) -> str:
