@@ -117,7 +117,9 @@ def test_texts_of_a_batch_have_one_length_and_all_are_in_one() -> None:
 def test_the_head_sees_the_chosen_positions_alone() -> None:
     one = loaded()
     rows: list[int] = []
-    handle = one.model.lm_head.decoder.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
+    handle = one.model.lm_head.decoder.register_forward_pre_hook(
+        lambda _, args: rows.append(args[0].shape[:-1].numel())
+    )
     ids = torch.tensor([[0, 6, 4, 8, 4, 2], [0, 4, 7, 8, 9, 2]])
     found = at_positions(one.model, ids, ids == 4, lambda row: row, door=find_door(one.model))
     assert rows[-1] == 3
