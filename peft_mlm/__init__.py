@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peft_mlm.commands.fill_mask import fill_mask
     from peft_mlm.commands.inspect_adapter import inspect
     from peft_mlm.commands.merge import merge
+    from peft_mlm.commands.playground import playground
     from peft_mlm.commands.push import push
     from peft_mlm.commands.train import train
     from peft_mlm.commands.verify import verify
@@ -34,6 +35,7 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "playground",
     "push",
     "train",
     "verify",
@@ -48,6 +50,7 @@ _MODULES = {
     "fill_mask": "peft_mlm.commands.fill_mask",
     "merge": "peft_mlm.commands.merge",
     "export": "peft_mlm.commands.export",
+    "playground": "peft_mlm.commands.playground",
     "push": "peft_mlm.commands.push",
     "inspect": "peft_mlm.commands.inspect_adapter",
     "verify": "peft_mlm.commands.verify",

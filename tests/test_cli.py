@@ -14,7 +14,8 @@ from peft_mlm.cli import COMMANDS
 ARGUMENTS = {
     "train": tuple(argument_fields()),
     "evaluate": tuple(name for name, field in argument_fields().items() if field.group in ("data", "training")),
-    "fill-mask": ("top_k", "base", "use_base"),
+    "fill-mask": ("top_k", "base", "use_base", "with_base", "targets", "only", "file", "text_column"),
+    "playground": ("base", "any_base", "host", "port", "open"),
     "merge": ("output_dir", "base", "dtype"),
     "combine": ("output_dir", "weights", "method", "rank", "density", "seed", "trained_modules", "base", "search"),
     "convert": ("output_dir", "rank", "base", "any_base"),
