@@ -18,7 +18,7 @@ from peft_mlm.playground_tables import CSS
 if TYPE_CHECKING:
     import gradio
 
-FIRST_PORT, PORTS = 7860, 100
+FIRST_PORT, PORTS, LAST_PORT = 7860, 100, 65535
 # Read when Gradio is imported, and when it starts.
 OFF = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 # Fonts of the machine: none is fetched.
@@ -39,6 +39,8 @@ def find_port(host: str, port: int | None) -> int:
     Raises:
         ArgumentsError: It is taken or not allowed, or the address is not one of this machine.
     """
+    if port is not None and not 0 <= port <= LAST_PORT:
+        raise ArgumentsError(f"port is {port}; it must be 0 to {LAST_PORT}.")
     for candidate in range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]:
         try:
             family = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0][0]
@@ -48,8 +50,6 @@ def find_port(host: str, port: int | None) -> int:
                 return int(tried.getsockname()[1])
         except socket.gaierror as error:
             raise ArgumentsError(f"host: there is no address {host!r}. The default is 127.0.0.1.") from error
-        except OverflowError as error:
-            raise ArgumentsError(f"port is {port}; it must be 0 to 65535.") from error
         except OSError as error:
             reason = error.strerror
     where = f"port {port}" if port is not None else f"ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
