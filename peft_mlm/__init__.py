@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft_mlm.commands.merge import merge
     from peft_mlm.commands.playground import playground
     from peft_mlm.commands.push import push
+    from peft_mlm.commands.score import score
     from peft_mlm.commands.train import train
     from peft_mlm.commands.verify import verify
 
@@ -37,6 +38,7 @@ __all__ = [
     "merge",
     "playground",
     "push",
+    "score",
     "train",
     "verify",
 ]
@@ -52,6 +54,7 @@ _MODULES = {
     "export": "peft_mlm.commands.export",
     "playground": "peft_mlm.commands.playground",
     "push": "peft_mlm.commands.push",
+    "score": "peft_mlm.commands.score",
     "inspect": "peft_mlm.commands.inspect_adapter",
     "verify": "peft_mlm.commands.verify",
     "load": "peft_mlm.adapter_set",

@@ -20,6 +20,7 @@ from peft_mlm.processor import tune_processor
 COMMANDS = {
     "train": ("train", "train an adapter (or the whole model) on your text"),
     "evaluate": ("evaluate", "measure loss, perplexity and masked accuracy of a base, an adapter or a merged model"),
+    "score": ("score", "score texts by pseudo-likelihood, and mutations of a protein"),
     "fill-mask": ("fill_mask", "predict the masked tokens of a text"),
     "playground": ("playground", "try a base and its adapters side by side, on a page of this machine"),
     "merge": ("merge", "merge an adapter into its base and prove that nothing changed"),

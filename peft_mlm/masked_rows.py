@@ -1,8 +1,8 @@
 """Rows of tokens with masks of one's own choice -> log probabilities at some of their positions.
 
 Pseudo-likelihoods and scores of mutations ask a model about many copies of a text, each masked elsewhere. Rows of one
-length make a batch, so that nothing is padded: a row's numbers do not depend on the rows beside it, also for model types
-that do not keep padding apart. The head runs at the positions that are read, and nowhere else.
+length make a batch, so that nothing is padded: the numbers of a row do not depend on those beside it, also for types
+of models that do not keep padding apart. The head runs at the positions that are read, and nowhere else.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_mlm.collator import IGNORE_INDEX
 from peft_mlm.cross_entropy import cross_entropies
+from peft_mlm.errors import ModelError
 from peft_mlm.fused_lora import fused_lora
 from peft_mlm.gathered_head import Door, base_of, find_door, sum_over_masked
 from peft_mlm.probing import evaluating
@@ -51,7 +52,7 @@ def log_probabilities(
     *,
     candidates: Sequence[int] | None = None,
     max_tokens_per_batch: int | None = None,
-    door: Door | None | Literal["find"] = "find",
+    door: Door | Literal["find"] | None = "find",
     advance: Callable[[int], Any] = lambda rows: None,
 ) -> list[Numbers]:
     """Ask a model for log probabilities at some positions of masked rows.
@@ -71,14 +72,13 @@ def log_probabilities(
         For each row, in the order given, ln p in nats: (positions read,), or (positions read, candidates). Computed in
         float32, or in float64 where the model is.
     """
-    if max_tokens_per_batch is None:
-        max_tokens_per_batch = CPU_TOKENS_PER_BATCH if model.device.type == "cpu" else GPU_TOKENS_PER_BATCH
+    most = batch_tokens(model) if max_tokens_per_batch is None else max_tokens_per_batch
     if door == "find":
         door = find_door(base_of(model))
     wanted = None if candidates is None else torch.tensor(list(candidates), device=model.device)
     found: list[Numbers] = [np.empty(0)] * len(rows)
     with evaluating(model), fused_lora(model), torch.no_grad():
-        for numbers in _batches([len(row.ids) for row in rows], max_tokens_per_batch):
+        for numbers in _batches([len(row.ids) for row in rows], most):
             batch = [rows[number] for number in numbers]
             values = _ask(model, batch, mask_id, wanted, door)
             ends = np.cumsum([len(row.read) for row in batch])
@@ -86,6 +86,37 @@ def log_probabilities(
                 found[number] = part
             advance(len(batch))
     return found
+
+
+def batch_tokens(model: PreTrainedModel) -> int:
+    """Choose how many tokens a batch has.
+
+    Args:
+        model: A model, where it will run.
+
+    Returns:
+        Rows times their length, at most.
+    """
+    return CPU_TOKENS_PER_BATCH if model.device.type == "cpu" else GPU_TOKENS_PER_BATCH
+
+
+def mask_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give the mask token of a tokenizer.
+
+    Args:
+        tokenizer: Any tokenizer.
+
+    Returns:
+        Its id.
+
+    Raises:
+        ModelError: It has none.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ModelError(
+            f"This tokenizer ({type(tokenizer).__name__}) has no mask token: choose that of a masked language model."
+        )
+    return int(tokenizer.mask_token_id)
 
 
 def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

@@ -1,7 +1,7 @@
 """Pseudo-log-likelihoods of texts: how probable a masked LM finds each token, given the others.
 
 A masked LM gives no probability of a text. Its pseudo-log-likelihood (PLL; Salazar et al. 2020,
-https://doi.org/10.18653/v1/2020.acl-main.240, equation 1) stands in for it: each token is masked in turn, and the log
+https://doi.org/10.18653/v1/2020.acl-main.240) stands in for it: each token is masked in turn, and the log
 probabilities of the right tokens are summed,
 
     PLL(W) = sum over t of ln p(w_t | W without w_t).
@@ -22,9 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_mlm.collator import special_ids_of
 from peft_mlm.console import few_names
-from peft_mlm.errors import DataError, ModelError
+from peft_mlm.errors import DataError
 from peft_mlm.gathered_head import Door, base_of
-from peft_mlm.masked_rows import Ids, MaskedRow, Numbers, log_probabilities
+from peft_mlm.masked_rows import Ids, MaskedRow, Numbers, log_probabilities, mask_id_of
 from peft_mlm.positions import position_limit
 
 # What is masked when a token is scored. The names are those of the code that came with the papers.
@@ -87,7 +87,7 @@ class PseudoLikelihood:
 
 
 def pseudo_perplexity(log_likelihood: float, tokens: int) -> float:
-    """Compute the pseudo-perplexity of one text or of many (Salazar et al. 2020, equation 4).
+    """Compute the pseudo-perplexity of one text or of many (Salazar et al. 2020).
 
     Args:
         log_likelihood: Sum of the pseudo-log-likelihoods, in nats.
@@ -112,7 +112,7 @@ def pseudo_log_likelihoods(
     variant: Variant = "original",
     truncate: bool = False,
     max_tokens_per_batch: int | None = None,
-    door: Door | None | Literal["find"] = "find",
+    door: Door | Literal["find"] | None = "find",
     advance: Callable[[int], Any] = lambda tokens: None,
 ) -> list[PseudoLikelihood]:
     """Score texts: each token masked in turn, alone or with others of its word (`VARIANTS`).
@@ -177,7 +177,12 @@ def masked_rows(text: TextTokens, variant: Variant) -> list[MaskedRow]:
 
 
 def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], model: PreTrainedModel, *, truncate: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    model: PreTrainedModel,
+    *,
+    truncate: bool = False,
+    first: int = 1,
 ) -> list[TextTokens]:
     """Turn texts into rows, and find what of them is scored.
 
@@ -186,6 +191,7 @@ def encode_texts(
         texts: The texts.
         model: The masked LM, whose positions are the limit.
         truncate: Cut longer texts.
+        first: Number of the first text, for messages.
 
     Returns:
         The rows, in order.
@@ -202,9 +208,9 @@ def encode_texts(
     lengths = [len(ids) for ids in encoded["input_ids"]]
     long = [number for number, length in enumerate(lengths) if limit is not None and length > limit]
     if long and not truncate:
-        told = few_names([f"{number + 1} ({lengths[number]} tokens)" for number in long])
+        told = few_names([f"{first + number} ({lengths[number]} tokens)" for number in long])
         raise DataError(
-            f"The model holds {limit} tokens, and {len(long)} of {len(texts)} texts have more: text {told}. Shorten "
+            f"The model holds {limit} tokens, and longer are the texts {told}. Shorten "
             "them, or cut them off by --truncate."
         )
     if long:
@@ -219,25 +225,6 @@ def encode_texts(
         unknown = 0 if unknown_id is None else int((ids == unknown_id).sum())
         found.append(TextTokens(ids, scored, words, unknown, lengths[number] - len(ids)))
     return found
-
-
-def mask_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give the mask token of a tokenizer.
-
-    Args:
-        tokenizer: Any tokenizer.
-
-    Returns:
-        Its id.
-
-    Raises:
-        ModelError: It has none.
-    """
-    if tokenizer.mask_token_id is None:
-        raise ModelError(
-            f"This tokenizer ({type(tokenizer).__name__}) has no mask token: choose that of a masked language model."
-        )
-    return int(tokenizer.mask_token_id)
 
 
 def _words(

@@ -73,6 +73,57 @@ def read_text_files(patterns: Sequence[str], text_column: str | None, cache_dir:
     return TextFiles(concatenate_datasets(parts), files, ", ".join(dict.fromkeys(chosen)))
 
 
+class TextRows(NamedTuple):
+    """The rows of some files, with all their columns.
+
+    Attributes:
+        rows: Values by column, in the order of the files.
+        texts: Of each row, its text; "" where it has none.
+        columns: Names of all columns, in the order in which they come up.
+    """
+
+    rows: list[dict[str, Any]]
+    texts: list[str]
+    columns: list[str]
+
+
+def read_rows(
+    patterns: Sequence[str], text_column: str | None, *, usual: Sequence[str] = (), option: str = "--text_column"
+) -> TextRows:
+    """Read local files with all their columns, into memory.
+
+    Args:
+        patterns: As in `read_text_files`.
+        text_column: As there.
+        usual: Names of columns to take where none is asked for, the first that a file has.
+        option: What the column is asked for by, for messages.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DataError: As in `read_text_files`; but a file may have blank texts only.
+    """
+    rows: list[dict[str, Any]] = []
+    texts: list[str] = []
+    for file in find_files(patterns):
+        with named_faults(file):
+            format_ = find_format(file)
+            columns = FORMATS[format_].columns(file)
+            if not columns:
+                raise DataError(f"There is no text in {file}: it is empty.")
+            names = [name for name, _ in columns]
+            wanted = text_column or next((name for name in usual if name in names), None)
+            try:
+                column = _choose_file_column(columns, wanted, file, format_)
+            except DataError as error:
+                raise DataError(str(error).replace("--text_column", option)) from None
+            for row in FORMATS[format_].rows(file, column):
+                rows.append(row)
+                texts.append(row.get(column) or "")
+    return TextRows(rows, texts, list(dict.fromkeys(name for row in rows for name in row)))
+
+
 def find_files(patterns: Sequence[str]) -> list[Path]:
     """Find the files of some names and globs; nothing is read, and nothing heavy imported.
 

@@ -43,10 +43,12 @@ class Format(NamedTuple):
     Attributes:
         columns: Names and kinds of a file's columns; none if the file is empty.
         texts: The texts in one column; None where a row has none.
+        rows: The rows with all their columns, given one of them; a FASTA file's have their `name` too.
     """
 
     columns: Callable[[Path], list[Column]]
     texts: Callable[[Path, str], Iterator[str | None]]
+    rows: Callable[[Path, str], Iterator[dict[str, Any]]]
 
 
 def find_format(file: Path) -> str:
@@ -151,21 +153,30 @@ def _txt_texts(file: Path, column: str) -> Iterator[str]:
             yield line.rstrip("\n")
 
 
+def _txt_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    return ({column: text} for text in _txt_texts(file, column))
+
+
 def _fasta_texts(file: Path, column: str) -> Iterator[str]:
+    return (row[column] for row in _fasta_rows(file, column))
+
+
+def _fasta_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
     """Join the lines of each record; the `*` that marks a protein's stop is no residue and is left out at the end."""
+    name = ""
     record: list[str] | None = None
     with _text_opened(file) as lines:
         for line in lines:
             if line.startswith(">"):
                 if record is not None:
-                    yield "".join(record).rstrip("*")
-                record = []
+                    yield {"name": name, column: "".join(record).rstrip("*")}
+                name, record = line[1:].strip(), []
             elif record is not None and not line.startswith(";"):
                 record.append("".join(line.split()))
             elif record is None and line.strip() and not line.startswith(";"):
                 raise ValueError("it does not start with a FASTA header line (>name)")
     if record is not None:
-        yield "".join(record).rstrip("*")
+        yield {"name": name, column: "".join(record).rstrip("*")}
 
 
 def _csv_rows(file: Path) -> Generator[list[str], None, None]:
@@ -229,15 +240,26 @@ def _cells_kind(cells: Iterable[str]) -> Kind:
 
 
 def _csv_texts(file: Path, column: str) -> Iterator[str | None]:
+    header, rows = _csv_table(file, column)
+    index = header.index(column)
+    for row in rows:
+        yield row[index] if index < len(row) else None
+
+
+def _csv_dicts(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    header, rows = _csv_table(file, column)
+    for row in rows:
+        yield dict(zip(header, [*row, *[None] * (len(header) - len(row))], strict=True))
+
+
+def _csv_table(file: Path, column: str) -> tuple[list[str], Iterator[list[str]]]:
+    """Give the names of the columns and the rows; without a header, columns are named by their numbers from 1."""
     rows: Iterator[list[str]] = _csv_rows(file)
     header = next(rows, [])
     if column in header:
-        index = header.index(column)
-    else:  # A column's number: there is no header, and the first row is a row like the others.
-        index = int(column) - 1
-        rows = chain([header], rows)
-    for row in rows:
-        yield row[index] if index < len(row) else None
+        return header, rows
+    # A column's number: there is no header, and the first row is a row like the others.
+    return [str(number) for number in range(1, len(header) + 1)], chain([header], rows)
 
 
 def _json_rows(file: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
@@ -284,6 +306,11 @@ def _json_texts(file: Path, column: str) -> Iterator[str | None]:
         yield value
 
 
+def _json_dicts(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    texts = _json_texts(file, column)  # sees that they are texts
+    return (row for (_, row), _ in zip(_json_rows(file), texts, strict=True))
+
+
 @contextmanager
 def _parquet_opened(file: Path) -> Iterator[pq.ParquetFile]:
     # A parquet file is read from its end, which a compressed stream cannot do.
@@ -309,16 +336,22 @@ def _parquet_texts(file: Path, column: str) -> Iterator[str | None]:
             yield from batch.column(column).to_pylist()
 
 
+def _parquet_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    with _parquet_opened(file) as table:
+        for batch in table.iter_batches(_PARQUET_ROWS):
+            yield from batch.to_pylist()
+
+
 # One row per ending. A new format is a row here and a row in the tests.
 FORMATS = {
-    ".txt": Format(lambda file: [("text", "text")], _txt_texts),
-    ".csv": Format(_csv_columns, _csv_texts),
-    ".tsv": Format(_csv_columns, _csv_texts),
-    ".json": Format(_json_columns, _json_texts),
-    ".jsonl": Format(_json_columns, _json_texts),
-    ".parquet": Format(_parquet_columns, _parquet_texts),
-    ".fasta": Format(lambda file: [("sequence", "text")], _fasta_texts),
-    ".fa": Format(lambda file: [("sequence", "text")], _fasta_texts),
-    ".faa": Format(lambda file: [("sequence", "text")], _fasta_texts),
-    ".fna": Format(lambda file: [("sequence", "text")], _fasta_texts),
+    ".txt": Format(lambda file: [("text", "text")], _txt_texts, _txt_rows),
+    ".csv": Format(_csv_columns, _csv_texts, _csv_dicts),
+    ".tsv": Format(_csv_columns, _csv_texts, _csv_dicts),
+    ".json": Format(_json_columns, _json_texts, _json_dicts),
+    ".jsonl": Format(_json_columns, _json_texts, _json_dicts),
+    ".parquet": Format(_parquet_columns, _parquet_texts, _parquet_rows),
+    ".fasta": Format(lambda file: [("sequence", "text")], _fasta_texts, _fasta_rows),
+    ".fa": Format(lambda file: [("sequence", "text")], _fasta_texts, _fasta_rows),
+    ".faa": Format(lambda file: [("sequence", "text")], _fasta_texts, _fasta_rows),
+    ".fna": Format(lambda file: [("sequence", "text")], _fasta_texts, _fasta_rows),
 }

@@ -71,5 +71,6 @@ def test_the_public_names_are_those_of_their_modules() -> None:
     assert set(peft_mlm.__all__) <= set(dir(peft_mlm))
     with pytest.raises(
         AttributeError, match="evaluate, export, extract, fill_mask, inspect, load, merge, playground, push, train"
+        AttributeError, match="evaluate, export, extract, fill_mask, inspect, load, merge, push, score, train"
     ):
         peft_mlm.nothing  # noqa: B018

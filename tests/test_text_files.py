@@ -7,10 +7,12 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from peft_mlm.errors import DataError
-from peft_mlm.text_files import TextFiles, choose_column, listing, read_text_files
+from peft_mlm.text_files import TextFiles, choose_column, listing, read_rows, read_text_files
 from peft_mlm.text_formats import Column
 
 
@@ -179,3 +181,33 @@ def test_columns_of_numbers_truth_values_and_nothing_hold_no_text(tmp_path: Path
 def test_a_long_list_is_cut_and_counted() -> None:
     assert listing("abc") == "a, b, c"
     assert listing(range(5), most=2) == "0, 1 ... (5 in all)"
+
+
+def test_rows_are_read_with_all_their_columns_from_every_format(tmp_path: Path) -> None:
+    table = {"name": ["one", "two"], "text": ["AB", None], "liked": [1.5, None]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text("name,text,liked\none,AB,1.5\ntwo,,\n")
+    (tmp_path / "c.jsonl").write_text('{"name": "one", "text": "AB", "liked": 1.5}\n{"name": "two", "text": null}\n')
+    for file, nothing in (("a.parquet", None), ("b.csv", ""), ("c.jsonl", None)):
+        found = read_rows([str(tmp_path / file)], None)
+        assert found.columns == ["name", "text", "liked"]
+        assert found.texts == ["AB", ""]
+        assert [row["name"] for row in found.rows] == ["one", "two"]
+        assert (float(found.rows[0]["liked"]), found.rows[1].get("liked")) == (1.5, nothing)
+
+
+def test_rows_of_tables_without_a_header_of_fasta_and_of_plain_text_have_columns_too(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("x\tAB\ny\tCD\n")
+    (tmp_path / "b.fasta").write_text(">n 1\nAB\nCD\n")
+    (tmp_path / "c.txt").write_text("AB\n\nCD\n")
+    assert read_rows([str(tmp_path / "a.tsv")], "2").rows == [{"1": "x", "2": "AB"}, {"1": "y", "2": "CD"}]
+    assert read_rows([str(tmp_path / "b.fasta")], None).rows == [{"name": "n 1", "sequence": "ABCD"}]
+    both = read_rows([str(tmp_path / "c.txt"), str(tmp_path / "b.fasta")], None)
+    assert (both.texts, both.columns) == (["AB", "", "CD", "ABCD"], ["text", "name", "sequence"])
+
+
+def test_the_usual_name_of_a_column_is_taken_and_a_missing_one_named_by_its_option(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("mutant,text\nA1B,x\n")
+    assert read_rows([str(tmp_path / "a.csv")], None, usual=("mutation", "mutant")).texts == ["A1B"]
+    with pytest.raises(DataError, match="--column can be one of 'mutant', 'text'"):
+        read_rows([str(tmp_path / "a.csv")], "other", option="--column")
