@@ -82,7 +82,7 @@ def _views(predictor: Predictor, model: Any, tokens: TextTokens) -> list[View]:
     at_token = torch.zeros_like(rows, dtype=torch.bool)
     at_token[own, torch.tensor(tokens.scored)] = True
     right = rows[at_token].tolist()
-    rows[at_token] = predictor.tokenizer.mask_token_id
+    rows[at_token] = predictor.mask_id
     found: list[View] = []
     for batch in batches_of([rows.shape[1]] * len(rows), predictor.max_tokens):
         answers = iter([right[number] for number in batch])

@@ -21,7 +21,7 @@ from peft_mlm.collator import IGNORE_INDEX
 from peft_mlm.errors import DataError
 from peft_mlm.gathered_head import Door, base_of, find_door, sum_over_masked
 from peft_mlm.loading import Loaded
-from peft_mlm.masked_rows import CPU_TOKENS_PER_BATCH, GPU_TOKENS_PER_BATCH
+from peft_mlm.masked_rows import batch_tokens, mask_id_of
 from peft_mlm.positions import position_limit
 from peft_mlm.target_tokens import TokenFinder, Words, before_masks, token_finder, tokens_at
 
@@ -127,12 +127,15 @@ class Predictor:
         loaded: One of them.
         max_tokens_per_batch: Texts of a batch times their tokens, at most; a longer text is a batch of its own. Default
             4096 on a CPU, 32768 elsewhere.
+
+    Raises:
+        ModelError: The tokenizer has no mask token.
     """
 
     def __init__(self, loaded: Loaded, *, max_tokens_per_batch: int | None = None) -> None:
         self.tokenizer = loaded.tokenizer
-        on_cpu = loaded.model.device.type == "cpu"
-        self.max_tokens = max_tokens_per_batch or (CPU_TOKENS_PER_BATCH if on_cpu else GPU_TOKENS_PER_BATCH)
+        self.mask_id = mask_id_of(loaded.tokenizer)
+        self.max_tokens = max_tokens_per_batch or batch_tokens(loaded.model)
         self.limit = position_limit(loaded.base.model)
         self._doors: dict[int, Door | None] = {}
         self._finder: TokenFinder = token_finder(self.tokenizer)
@@ -180,7 +183,7 @@ class Predictor:
         for batch in tqdm(batches, "Predicting", disable=None if len(texts) >= MANY_TEXTS else True):
             chosen = [texts[index] for index in batch]
             ids = torch.tensor([text.input_ids for text in chosen])
-            at_masks = ids == self.tokenizer.mask_token_id
+            at_masks = ids == self.mask_id
             places = iter([before for text in chosen for before in text.before])
             found = self.at(model, ids, at_masks, lambda row: self._answer(row, question, *asked[next(places)]))  # noqa: B023
             for index, text in zip(batch, chosen, strict=True):

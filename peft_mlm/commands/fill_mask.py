@@ -193,11 +193,12 @@ def _texts(given: argparse.Namespace) -> list[str]:
         if not texts:
             raise DataError("There is no text: give it after the model's name, by --file, or on standard input.")
         return texts
-    from peft_mlm.text_files import find_files, read_text_files
+    from peft_mlm.text_files import read_rows
 
-    find_files(given.file)
-    read = read_text_files(given.file, given.text_column, None)
-    return [text for text in read.dataset["text"] if text and text.strip()]
+    texts = [text for text in read_rows(given.file, given.text_column).texts if text.strip()]
+    if not texts:
+        raise DataError(f"There is no text in {', '.join(given.file)}: only blank ones.")
+    return texts
 
 
 def _beside_adapters(given: argparse.Namespace, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
