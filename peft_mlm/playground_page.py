@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import gradio
 
 FIRST_PORT, PORTS, LAST_PORT = 7860, 100, 65535
-# Read when Gradio is imported, and when it starts.
-OFF = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# Read when Gradio is imported, and when it starts: it then asks its own address whether it is up, by no proxy.
+OFF = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "*", "NO_PROXY": "*"}
 # Fonts of the machine: none is fetched.
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
@@ -110,7 +110,7 @@ def serve(page: gradio.Blocks, *, host: str, port: int, open_browser: bool, up: 
         theme = gradio.themes.Default(font=FONTS, font_mono=MONO)
         try:
             page.launch(
-                server_name=host,
+                server_name=f"[{host}]" if ":" in host else host,
                 server_port=port,
                 share=False,
                 inbrowser=open_browser,
