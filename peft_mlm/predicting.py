@@ -29,6 +29,8 @@ from peft_mlm.target_tokens import TokenFinder, Words, before_masks, token_finde
 MASK_SPELLINGS = ("[MASK]", "<mask>")
 # With fewer texts there is no progress bar.
 MANY_TEXTS = 200
+# Letters of a text in a message.
+SHOWN = 60
 Result = TypeVar("Result")
 
 
@@ -97,7 +99,8 @@ def read_masks(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None)
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     positions = [place for place, token in enumerate(ids) if token == tokenizer.mask_token_id]
     if not positions:
-        raise DataError(f"There is no mask in {text!r}. Write {tokenizer.mask_token} where a token is to be predicted.")
+        shown = f"{text[:SHOWN]!r}{'...' if len(text) > SHOWN else ''}"
+        raise DataError(f"There is no mask in {shown}. Write {tokenizer.mask_token} where a token is to be predicted.")
     check_length(ids, text, limit)
     before = list(before_masks(text, str(tokenizer.mask_token)))
     if len(before) != len(positions):  # a tokenizer that reads its mask in other spellings too
@@ -117,7 +120,7 @@ def check_length(ids: Sequence[int], text: str, limit: int | None) -> None:
         DataError: There are more.
     """
     if limit is not None and len(ids) > limit:
-        raise DataError(f"A text has {len(ids)} tokens, the model holds {limit}. Shorten it: {text[:60]!r}...")
+        raise DataError(f"A text has {len(ids)} tokens, the model holds {limit}. Shorten it: {text[:SHOWN]!r}...")
 
 
 class Predictor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from peft_mlm.errors import DataError
+from peft_mlm.errors import DataError, ModelError
 from peft_mlm.gathered_head import find_door
 from peft_mlm.loading import Loaded
 from peft_mlm.model import Base
@@ -164,6 +164,7 @@ def test_a_text_without_mask_or_too_long_or_a_word_of_several_tokens_is_refused_
     predictor = Predictor(one)
     for texts, question, said in (
         (["A<mask>", "ABC"], Question(), "There is no mask in 'ABC'"),
+        (["A<mask>", "A" * 61], Question(), f"There is no mask in '{'A' * 60}'\\.\\.\\.\\. Write"),
         (["A" * 60 + "<mask>"], Question(), "A text has 63 tokens, the model holds 62"),
         (["A<mask>"], Question(targets=["AB"]), "targets: not one token within a word: 'AB' is A"),
         (["A<mask>"], Question(only=["A", "AB"]), "only: not one token"),
@@ -172,9 +173,15 @@ def test_a_text_without_mask_or_too_long_or_a_word_of_several_tokens_is_refused_
             predictor.read(texts, question)
 
 
+def test_a_tokenizer_without_mask_token_is_refused() -> None:
+    one = loaded()
+    one.tokenizer.mask_token = None
+    with pytest.raises(ModelError, match="has no mask token"):
+        Predictor(one)
+
+
 def test_many_texts_are_answered_in_order() -> None:
     one = loaded()
     texts = [text[:5] + "<mask>" for text in letter_texts(MANY_TEXTS + 1)]
     results = answers(one, texts, Question(top_k=1))
     assert [result["text"] for result in results] == texts
-    assert results[7] == {**results[texts.index(texts[7])]}
