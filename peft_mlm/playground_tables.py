@@ -37,7 +37,7 @@ CSS = """
   color: var(--body-text-color); }
 .play code.other { margin-left: 0; }
 .play .bar { display: block; height: 3px; margin-top: 2px; border-radius: 2px; background: rgb(59, 130, 246); }
-.play .probability { opacity: 0.8; font-variant-numeric: tabular-nums; padding-left: 0.4rem; }
+.play .probability { opacity: 0.8; font-variant-numeric: tabular-nums; padding-left: 0.2rem; }
 .play .best { display: block; font-size: 0.88em; }
 .play details summary { cursor: pointer; color: var(--body-text-color); padding: 0.2rem 0; }
 .play .fault { border-left: 4px solid rgb(234, 88, 12); padding: 0.3rem 0.8rem; }
@@ -216,7 +216,7 @@ def _name(name: str | None) -> str:
 
 def _code(token: str, probability: float | None = None, *, other: bool = False, bar: bool = False) -> str:
     framed = ' class="other"' if other else ""
-    figure = "" if probability is None else f'<span class="probability">{probability:.4f}</span>'
+    figure = "" if probability is None else f' <span class="probability">{probability:.4f}</span>'
     drawn = f'<span class="bar" style="width: calc(2px + {probability or 0:.4f} * 6rem)"></span>' if bar else ""
     return f"<code{framed}>{escape(token)}</code>{figure}{drawn}"
 
