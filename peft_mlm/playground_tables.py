@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from peft_mlm.console import probability_text
+
 BASE = "base"
 # Change of a log probability (nats) that gets the full colour: a factor of 20.
 FULL_CHANGE = 3.0
@@ -148,7 +150,8 @@ def _coloured(record: Mapping[str, Any], place: int) -> str:
         else:
             gap, word = record["text"][end : token["start"]], record["text"][token["start"] : token["end"]]
             end = max(end, token["end"])
-        title = f"{base['probability']:.4f} → {view['probability']:.4f}; most probable: {base['best']} → {view['best']}"
+        figures = f"{probability_text(base['probability'])} → {probability_text(view['probability'])}"
+        title = f"{figures}; most probable: {base['best']} → {view['best']}"
         other = ' class="other"' if view["best_id"] != base["best_id"] else ""
         parts.append(
             f'{escape(gap)}<span{other} style="background: {colour(change)}" title="{escape(title)}">'
@@ -164,8 +167,8 @@ def _tokens(names: Sequence[str | None], tokens: Mapping[int, dict[str, Any]]) -
     for place, token in tokens.items():
         base = token["views"][0]["best_id"]
         views = [
-            f"{view['probability']:.4f}"
-            f'<span class="best">{_code(view["best"], view["best_probability"], other=view["best_id"] != base)}</span>'
+            probability_text(view["probability"])
+            + f'<span class="best">{_code(view["best"], view["best_probability"], other=view["best_id"] != base)}</span>'
             for view in token["views"]
         ]
         rows.append([str(place), _code(token["token"]), *views])
@@ -216,7 +219,7 @@ def _name(name: str | None) -> str:
 
 def _code(token: str, probability: float | None = None, *, other: bool = False, bar: bool = False) -> str:
     framed = ' class="other"' if other else ""
-    figure = "" if probability is None else f' <span class="probability">{probability:.4f}</span>'
+    figure = "" if probability is None else f' <span class="probability">{probability_text(probability)}</span>'
     drawn = f'<span class="bar" style="width: calc(2px + {probability or 0:.4f} * 6rem)"></span>' if bar else ""
     return f"<code{framed}>{escape(token)}</code>{figure}{drawn}"
 

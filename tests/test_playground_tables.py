@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from peft_mlm.console import probability_text
 from peft_mlm.playground_tables import FULL_CHANGE, STRONGEST, colour, fault, masks_html, tokens_html
 
 EVIL = "<script>alert(1)</script>"
@@ -124,6 +125,13 @@ def test_nothing_of_a_text_a_vocabulary_or_a_name_becomes_html() -> None:
     assert re.findall(r'title="[^"]*"[^ >]', shown[1]) == []
 
 
-def test_a_probability_of_zero_has_a_colour() -> None:
+def test_a_probability_of_zero_has_a_colour_and_a_small_one_is_told_from_it() -> None:
+    assert [probability_text(p) for p in (0.0, 4.2e-6, 6e-5, 0.03125, 1.0)] == [
+        "0.0000",
+        "4.2e-06",
+        "0.0001",
+        "0.0312",
+        "1.0000",
+    ]
     html = tokens_html(record("A", [token("A", 0, view(0.0, "B"), view(1.0, "A"))], None, "a"))
     assert f", {STRONGEST})" in html

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_mlm.console import CommandParser, cell, print_table
+from peft_mlm.console import CommandParser, cell, print_table, probability_text
 from peft_mlm.errors import ArgumentsError, DataError
 from peft_mlm.model_checks import check_path
 from peft_mlm.token_lists import read_token_list
@@ -245,11 +245,11 @@ def _show_side_by_side(record: dict[str, Any]) -> None:
             each = [results[index]["masks"][number] for results in columns.values()]
             for place in range(len(mask["predictions"])):
                 guesses = [one["predictions"][place] for one in each]
-                cells = [f"{guess['token']} {guess['probability']:.4f}" for guess in guesses]
+                cells = [f"{guess['token']} {probability_text(guess['probability'])}" for guess in guesses]
                 rows.append([f"mask {number + 1}" if place == 0 else "", *cells])
             for place, target in enumerate(mask.get("targets", ())):
                 found = [one["targets"][place] for one in each]
-                cells = [f"{one['probability']:.4f} (rank {one['rank']:,})" for one in found]
+                cells = [f"{probability_text(one['probability'])} (rank {one['rank']:,})" for one in found]
                 rows.append([f"  {target['target']}", *cells])
         print_table(result["text"], ["", *columns], rows, stream=sys.stdout)
 
@@ -266,7 +266,7 @@ def _fields(mask: dict[str, Any]) -> list[str]:
 
 def _figures(found: dict[str, Any], fields: Sequence[str]) -> list[str]:
     values = [found[name] for name in fields]
-    return [f"{value:.4f}" if isinstance(value, float) else cell(value) for value in values]
+    return [probability_text(value) if isinstance(value, float) else cell(value) for value in values]
 
 
 def _parser() -> CommandParser:

@@ -132,7 +132,7 @@ def describe_sides(sides: Sides) -> str:
         Markdown.
     """
     names = ", ".join(f"`{name}`" for name in sides.sides if name is not None)
-    base = f"Base: `{Path(sides.base).name}`. Beside it: " if None in sides.sides else ""
+    base = f"Base: `{Path(sides.base).name}`. Beside it: " if None in sides.sides else "Model: "
     return (
         f"{base}{names}. Write a text with `{sides.tokenizer.mask_token}` where a token is to be predicted, or "
         "without, to see each of its tokens masked in turn."

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import peft_mlm
+from peft_mlm.console import probability_text
 from tests.adapters import save_random_adapter
 from tests.commands.conftest import Answer, train
 from tests.tiny import LETTERS
@@ -53,10 +54,10 @@ def test_the_table_shows_targets_ranks_and_both_probabilities(
     (target,) = result["masks"][0]["targets"]
     lines = [line.split() for line in command("fill-mask", *words).out.splitlines()]
     assert ["token", "probability", "rank"] in lines
-    assert ["target", "T", f"{target['probability']:.4f}", str(target["rank"])] in lines
+    assert ["target", "T", probability_text(target["probability"]), str(target["rank"])] in lines
     restricted = command("fill-mask", *words, "--only", "A,B").out
     assert "of these" in restricted
-    assert ["target", "T", f"{target['probability']:.4f}", "-", str(target["rank"])] in map(
+    assert ["target", "T", probability_text(target["probability"]), "-", str(target["rank"])] in map(
         str.split, restricted.splitlines()
     )
 

@@ -20,6 +20,7 @@ import pytest
 import peft_mlm
 from peft_mlm.commands.fill_mask import fill_mask_side_by_side
 from peft_mlm.commands.playground import answers, describe_sides, example_text
+from peft_mlm.console import probability_text
 from peft_mlm.each_token import each_token
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.playground_page import find_port
@@ -108,7 +109,7 @@ def test_the_page_says_which_models_answer_and_begins_with_the_runs_own_text(
     assert "`<mask>`" in intro
     assert str(base_folder.parent) not in intro
     alone = load_sides([str(base_folder)])
-    assert describe_sides(alone).startswith(f"`{base_folder.name}`.")
+    assert describe_sides(alone).startswith(f"Model: `{base_folder.name}`.")
     assert example_text(alone, str(base_folder)).count("<mask>") == 1
 
 
@@ -225,7 +226,7 @@ def test_the_page_answers_offline_in_light_and_dark_and_on_a_phone(
     address, _ = served
     found = fill_mask_side_by_side(MASKED, [str(path) for path in adapters], top_k=1)
     best = [results[0]["masks"][0]["predictions"][0] for results in found.values()]
-    most_probable = [word for one in best for word in (one["token"], f"{one['probability']:.4f}")]
+    most_probable = [word for one in best for word in (one["token"], probability_text(one["probability"]))]
     for options in (
         {"color_scheme": "light", "viewport": {"width": 1100, "height": 800}},
         {"color_scheme": "dark", "viewport": {"width": 390, "height": 844}},
