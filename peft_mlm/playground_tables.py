@@ -166,11 +166,10 @@ def _tokens(names: Sequence[str | None], tokens: Mapping[int, dict[str, Any]]) -
     rows = []
     for place, token in tokens.items():
         base = token["views"][0]["best_id"]
-        views = [
-            probability_text(view["probability"])
-            + f'<span class="best">{_code(view["best"], view["best_probability"], other=view["best_id"] != base)}</span>'
-            for view in token["views"]
-        ]
+        views = []
+        for view in token["views"]:
+            best = _code(view["best"], view["best_probability"], other=view["best_id"] != base)
+            views.append(f'{probability_text(view["probability"])}<span class="best">{best}</span>')
         rows.append([str(place), _code(token["token"]), *views])
     told = '<p class="quiet">The probability of the token; below it what the model would write, and how probable.</p>'
     return told + _table(["", "token", *(side_name(name) for name in names)], rows)
