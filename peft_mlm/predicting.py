@@ -23,6 +23,7 @@ from peft_mlm.gathered_head import Door, base_of, find_door, sum_over_masked
 from peft_mlm.loading import Loaded
 from peft_mlm.masked_rows import batch_tokens, mask_id_of
 from peft_mlm.positions import position_limit
+from peft_mlm.quantization import is_quantised
 from peft_mlm.target_tokens import TokenFinder, Words, before_masks, token_finder, tokens_at
 
 # Spellings of the mask that are replaced by the tokenizer's own.
@@ -127,7 +128,7 @@ class Predictor:
     """Predicts masks with one model after another that share tokenizer and shapes: a base, and adapters on it.
 
     Args:
-        loaded: One of them.
+        loaded: One of them; models are moved to the GPU where there is one.
         max_tokens_per_batch: Texts of a batch times their tokens, at most; a longer text is a batch of its own. Default
             4096 on a CPU, 32768 elsewhere.
 
@@ -138,6 +139,7 @@ class Predictor:
     def __init__(self, loaded: Loaded, *, max_tokens_per_batch: int | None = None) -> None:
         self.tokenizer = loaded.tokenizer
         self.mask_id = mask_id_of(loaded.tokenizer)
+        _to_gpu(loaded.model)
         self.max_tokens = max_tokens_per_batch or batch_tokens(loaded.model)
         self.limit = position_limit(loaded.base.model)
         self._doors: dict[int, Door | None] = {}
@@ -200,6 +202,7 @@ class Predictor:
         """Compute a function of the logits of each chosen position, as `at_positions` does."""
         base = base_of(model)
         if id(base) not in self._doors:
+            _to_gpu(model)
             self._doors[id(base)] = find_door(base)
         return at_positions(model, ids, chosen, function, door=self._doors[id(base)])
 
@@ -332,6 +335,12 @@ def rank_of(logits: torch.Tensor, token_id: int) -> int:
         1 for the most probable.
     """
     return int((logits > logits[token_id]).sum()) + 1
+
+
+def _to_gpu(model: Any) -> None:
+    """Move a model to the GPU where there is one; quantised ones are there already."""
+    if torch.cuda.is_available() and not is_quantised(model):
+        model.to("cuda")
 
 
 def _among(logits: torch.Tensor, among: torch.Tensor, only: torch.Tensor, token: int) -> dict[str, Any]:
