@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, pipeline
 
 from peft_mlm.errors import DataError
 from peft_mlm.target_tokens import SPACE, START, WORD, Words, before_masks, token_finder, tokens_at
-from tests.tiny import letter_tokenizer
+from tests.tiny import letter_tokenizer, tiny_model
 
 TEXT = ["the pain is in the spain of the brain (pain) é caffè unseen unable able pained", "pain unpaid, able été"] * 40
 
@@ -109,6 +109,17 @@ def test_the_token_is_the_one_that_the_text_itself_would_have() -> None:
             assert len(whole) == len(masked)
             place = masked.index(tokenizer.mask_token_id)
             assert tokens_at(token_finder(tokenizer), Words("targets", ["pain"]), before) == [whole[place]], text
+
+
+def test_transformers_own_pipeline_takes_the_end_of_a_word_and_the_first_piece() -> None:
+    tokenizer = byte_level()
+    model = tiny_model("roberta", vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id)
+    fill_mask = pipeline("fill-mask", model=model, tokenizer=tokenizer)
+    (found,) = fill_mask("the <mask> is", targets=["pain"])
+    assert tokenizer.convert_ids_to_tokens(found["token"]) == "pain"
+    assert spelled(tokenizer, "pain", SPACE) == "Ġpain"
+    (found,) = fill_mask("the <mask> is", targets=["painable"])
+    assert tokenizer.convert_ids_to_tokens(found["token"]) == "pain"
 
 
 def test_letters_beyond_ascii_are_found_in_byte_level_vocabularies() -> None:
