@@ -25,6 +25,7 @@ OTHER_FLAGS = {
     "only",
     "file",
     "with_base",
+    "output_file",
     "adapter",
     "format",
     "pooling",
