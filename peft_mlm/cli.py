@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft_mlm import __version__
-from peft_mlm.console import is_first_process, quiet_libraries, show_notices
+from peft_mlm.console import is_first_process, leave_processes, quiet_libraries, show_notices
 from peft_mlm.errors import PeftMlmError
 from peft_mlm.processor import tune_processor
 
@@ -87,6 +87,7 @@ def _run(command: Any, arguments: list[str], *, as_json: bool) -> int:
         # Libraries print; only the result belongs on stdout.
         with contextlib.redirect_stdout(sys.stderr):
             record = command.run(arguments)
+            leave_processes()
     except PeftMlmError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

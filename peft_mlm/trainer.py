@@ -51,7 +51,7 @@ from peft_mlm.rank_schedule import (
     orthogonal_penalty,
 )
 from peft_mlm.resuming import has_training_state, load_training_state, read_schedule_state, write_training_state
-from peft_mlm.run_folder import RunFolder
+from peft_mlm.run_folder import RunFolder, open_to_umask
 
 
 def scores_of(
@@ -315,14 +315,17 @@ class MaskedLMTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, or the model where there is none; no pickled arguments beside it."""
+        folder = Path(output_dir or self.args.output_dir)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
-            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+            (folder / "training_args.bin").unlink(missing_ok=True)
         elif self.args.should_save:
-            model, folder = self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir)
+            model = self.accelerator.unwrap_model(self.model)
             self.save_into(model, folder)
             if isinstance(model, PeftModel):
                 write_training_state(model, folder, self.initial)
+        if self.args.should_save:
+            open_to_umask(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Set what was trained; PEFT would take up training of parameters that a method keeps frozen."""

@@ -407,6 +407,8 @@ def _push(run: RunFolder, destination: Destination, summary: dict[str, Any]) -> 
         done = upload(plan_upload(find_shipped(run.path)), destination)
     except PeftMlmError as error:
         later = f"The run is finished and saved; push it later by: peft-mlm push {run.path} {destination.repo_id}"
+        later += f" --revision {destination.revision}" if destination.revision else ""
+        later += " --private" if destination.private else ""
         raise HubError(f"{error} {later}") from error
     summary["pushed"] = {"repo_id": destination.repo_id, **done}
     write_json(run.summary, summary)
