@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft_mlm.commands.fill_mask import fill_mask
     from peft_mlm.commands.inspect_adapter import inspect
     from peft_mlm.commands.merge import merge
+    from peft_mlm.commands.playground import playground
     from peft_mlm.commands.push import push
     from peft_mlm.commands.report import report
     from peft_mlm.commands.score import score
@@ -38,6 +39,7 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "playground",
     "push",
     "report",
     "score",
@@ -55,6 +57,7 @@ _MODULES = {
     "fill_mask": "peft_mlm.commands.fill_mask",
     "merge": "peft_mlm.commands.merge",
     "export": "peft_mlm.commands.export",
+    "playground": "peft_mlm.commands.playground",
     "push": "peft_mlm.commands.push",
     "report": "peft_mlm.commands.report",
     "score": "peft_mlm.commands.score",

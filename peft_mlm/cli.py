@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "measure loss, perplexity and masked accuracy of a base, an adapter or a merged model"),
     "score": ("score", "score texts by pseudo-likelihood, and mutations of a protein"),
     "fill-mask": ("fill_mask", "predict the masked tokens of a text"),
+    "playground": ("playground", "try a base and its adapters side by side, on a page of this machine"),
     "merge": ("merge", "merge an adapter into its base and prove that nothing changed"),
     "combine": ("combine", "combine several adapters into one, and search for their weights"),
     "convert": ("convert", "make LoRA of an adapter of another method, or lower the rank of a LoRA adapter"),

@@ -202,3 +202,15 @@ def bytes_text(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count} bytes"
+
+
+def probability_text(probability: float) -> str:
+    """Write a probability.
+
+    Args:
+        probability: From 0 to 1.
+
+    Returns:
+        Such as 0.0312; such as 4.2e-06 where four decimals would show none.
+    """
+    return f"{probability:.4f}" if probability == 0 or probability >= 5e-5 else f"{probability:.1e}"

@@ -143,6 +143,29 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return files
 
 
+def first_text(patterns: Sequence[str], text_column: str | None) -> str | None:
+    """Read the first text of local files, and no more of them.
+
+    Args:
+        patterns: As in `read_text_files`.
+        text_column: As there.
+
+    Returns:
+        The first text that is not blank; None if there is none.
+
+    Raises:
+        DataError: As there.
+    """
+    for file in find_files(patterns):
+        with named_faults(file):
+            format_ = find_format(file)
+            column = _choose_file_column(FORMATS[format_].columns(file), text_column, file, format_)
+            for text in FORMATS[format_].texts(file, column):
+                if text and not text.isspace():
+                    return text
+    return None
+
+
 def choose_column(columns: Sequence[Column], text_column: str | None, where: str) -> str:
     """Choose the column that holds the text.
 

@@ -14,8 +14,9 @@ from peft_mlm.cli import COMMANDS
 ARGUMENTS = {
     "train": tuple(argument_fields()),
     "evaluate": tuple(name for name, field in argument_fields().items() if field.group in ("data", "training")),
+    "fill-mask": ("top_k", "base", "use_base", "with_base", "targets", "only", "file", "text_column"),
+    "playground": ("base", "any_base", "host", "port", "open"),
     "score": ("method", "variant", "sequence", "offset", "measured", "output_file", "with_base", "truncate"),
-    "fill-mask": ("top_k", "base", "use_base"),
     "merge": ("output_dir", "base", "dtype"),
     "combine": ("output_dir", "weights", "method", "rank", "density", "seed", "trained_modules", "base", "search"),
     "convert": ("output_dir", "rank", "base", "any_base"),
