@@ -26,7 +26,6 @@ OTHER_FLAGS = {
     "only",
     "file",
     "with_base",
-    "output_file",
     "adapter",
     "format",
     "pooling",
