@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peft_mlm.commands.fill_mask import fill_mask
     from peft_mlm.commands.inspect_adapter import inspect
     from peft_mlm.commands.merge import merge
+    from peft_mlm.commands.plan import plan
     from peft_mlm.commands.push import push
     from peft_mlm.commands.train import train
     from peft_mlm.commands.verify import verify
@@ -34,6 +35,7 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "plan",
     "push",
     "train",
     "verify",
@@ -49,6 +51,7 @@ _MODULES = {
     "merge": "peft_mlm.commands.merge",
     "export": "peft_mlm.commands.export",
     "push": "peft_mlm.commands.push",
+    "plan": "peft_mlm.commands.plan",
     "inspect": "peft_mlm.commands.inspect_adapter",
     "verify": "peft_mlm.commands.verify",
     "load": "peft_mlm.adapter_set",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Params4bit
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             try:
                 return func(*args)
-            except DataDependentOutputException:
+            except (DataDependentOutputException, RuntimeError):  # without values; on the meta device
                 return False if args[0].dtype == torch.bool else 0
         if func in (aten.all.default, aten.all.dim):
             # of an attention mask: whether it can be left out
@@ -145,10 +146,10 @@ def _index_by_mask(tensor: torch.Tensor, indices: Any, masked: int) -> torch.Ten
 
 @contextlib.contextmanager
 def without_values(model: nn.Module) -> Iterator[FakeTensorMode]:
-    """Let a model on the meta device run within a `with` block: its tensors become CPU tensors without values.
+    """Let a model run on shapes alone within a `with` block: its tensors become CPU tensors without values.
 
     Args:
-        model: On the meta device; tied parameters stay tied. Afterwards it is as it was.
+        model: On any device, also meta; tied parameters stay tied. Afterwards it is as it was.
 
     Yields:
         The mode, which is on: tensors made within have no values either.
@@ -162,6 +163,8 @@ def without_values(model: nn.Module) -> Iterator[FakeTensorMode]:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
             is_weight = isinstance(tensor, nn.Parameter)
             made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_weight else empty
+            if isinstance(tensor, Params4bit):  # what PEFT looks at
+                made[id(tensor)].__dict__.update(vars(tensor))
         return made[id(tensor)]
 
     def replace(holder: dict[str, Any], name: str, value: Any) -> None:
@@ -172,7 +175,7 @@ def without_values(model: nn.Module) -> Iterator[FakeTensorMode]:
         for module in model.modules():
             for holder in (module._parameters, module._buffers, vars(module)):
                 for name, value in list(holder.items()):
-                    if isinstance(value, torch.Tensor) and value.device.type == "meta":
+                    if isinstance(value, torch.Tensor):
                         replace(holder, name, twin(value))
         try:
             yield mode

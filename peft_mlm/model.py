@@ -33,6 +33,7 @@ from peft_mlm.checkpoint import (
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
 from peft_mlm.fingerprint import base_fingerprint
+from peft_mlm.live_memory import LiveBytes
 from peft_mlm.model_checks import notices_of
 from peft_mlm.token_lists import read_token_list
 from peft_mlm.tokenizer import add_tokens
@@ -138,7 +139,7 @@ def outline_base(arguments: ModelArguments) -> Base:
         fresh_parameters=fresh,
         tokenizer_changed=arguments.tokenizer_name not in (None, name),
     )
-    with torch.device("meta"):
+    with torch.device("meta"), LiveBytes(masked=0):
         return _with_own_decoder(_with_new_tokens(base, arguments, may_grow=True), arguments)
 
 

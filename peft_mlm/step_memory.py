@@ -71,11 +71,25 @@ class Step:
     accumulation: int = 1
 
 
-def training_bytes(model: nn.Module, batch: Batch, step: Step) -> dict[str, int]:
+def door_of(model: Any) -> Door | None:
+    """Find where a model's masked rows are picked, by shapes alone.
+
+    Args:
+        model: On any device, also meta.
+
+    Returns:
+        As `gathered_head.find_door`.
+    """
+    with without_values(model), dequantised(model), LiveBytes(masked=FIRST_LOOK):
+        return find_door(model)
+
+
+def training_bytes(model: nn.Module, door: Door | None, batch: Batch, step: Step) -> dict[str, int]:
     """Count what a step holds at its largest moment, beside weights and optimiser.
 
     Args:
-        model: On the meta device, with or without an adapter; frozen as it is trained.
+        model: On any device, also meta; with or without an adapter; frozen as it is trained.
+        door: Where its masked rows are picked.
         batch: Its size.
         step: How it is computed.
 
@@ -83,54 +97,49 @@ def training_bytes(model: nn.Module, batch: Batch, step: Step) -> dict[str, int]
         Bytes of `activations`, `logits` (with their gradient) and `gradients`, at that moment.
     """
     base = base_of(model)
-    with _checkpointing(base, step.checkpointing), without_values(model), _dequantised(model):
-        door = _door(model)
+    with _checkpointing(base, step.checkpointing), without_values(model), dequantised(model):
         counter = _counter(model, batch)
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda p: counter.rename(p.grad, "gradients"))
             for parameter in model.parameters()
             if parameter.requires_grad
         ]
+        was_training = model.training
         model.train()
         try:
-            with counter, fused_lora(model), _as_accelerated(model, step):
+            with counter, fused_lora(model), _as_accelerated(model, step), _rules(step):
                 inputs, labels = _inputs(batch)
                 for _ in range(min(step.accumulation, 2)):  # the gradients of the first lie beside the second
                     with _types(step):
                         loss = sum_over_masked(model, inputs, labels, _Loss(step).of, door=door)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    # not the tensor's own method, within which a mode's functions are not seen
+                    torch.autograd.backward(loss)
                     del loss
         finally:
-            model.eval()
+            model.train(was_training)
             for hook in hooks:
                 hook.remove()
-            model.zero_grad(set_to_none=True)
     return {"activations": 0, "logits": 0, "gradients": 0} | counter.peak
 
 
-def evaluation_bytes(model: nn.Module, batch: Batch, step: Step) -> dict[str, int]:
+def evaluation_bytes(model: nn.Module, door: Door | None, batch: Batch, step: Step) -> dict[str, int]:
     """Count what a batch of an evaluation holds at its largest moment, beside the weights.
 
     Args:
         model: As for `training_bytes`.
+        door: Where its masked rows are picked.
         batch: Its size.
         step: How it is computed.
 
     Returns:
         Bytes of `activations` and `logits` at that moment.
     """
-    with without_values(model), _dequantised(model), torch.no_grad():
-        door = _door(model)
+    with without_values(model), dequantised(model), torch.no_grad():
         counter = _counter(model, batch)
-        with counter, _types(step):
+        with counter, _rules(step), _types(step):
             inputs, labels = _inputs(batch)
             sum_over_masked(model, inputs, labels, _Loss(step).of, door=door)
     return {"activations": 0, "logits": 0} | counter.peak
-
-
-def _door(model: Any) -> Door | None:
-    with LiveBytes(masked=FIRST_LOOK):
-        return find_door(model)
 
 
 def _counter(model: nn.Module, batch: Batch) -> LiveBytes:
@@ -172,22 +181,25 @@ def _as_accelerated(model: nn.Module, step: Step) -> Iterator[None]:
     if not step.half:
         yield
         return
+    before = vars(model).get("forward")
     model.forward = convert_outputs_to_fp32(model.forward)
     try:
         yield
     finally:
-        del model.forward
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
 
 
-@contextlib.contextmanager
-def _types(step: Step) -> Iterator[None]:
-    """The types in which a step computes."""
-    with contextlib.ExitStack() as stack:
-        if step.half:
-            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-        if step.on_gpu:
-            stack.enter_context(_AsOnGpu(half=step.half))
-        yield
+def _types(step: Step) -> Any:
+    """The types in which a step computes forwards."""
+    return torch.autocast("cpu", torch.bfloat16) if step.half else contextlib.nullcontext()
+
+
+def _rules(step: Step) -> Any:
+    """The rules of the device, also where layers run again in the backward pass."""
+    return _AsOnGpu(half=step.half) if step.on_gpu else contextlib.nullcontext()
 
 
 class _AsOnGpu(TorchFunctionMode):
@@ -254,8 +266,15 @@ class _LossBytes(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _dequantised(model: nn.Module) -> Iterator[None]:
-    """Let quantised layers make float weights for each product and free them after it, as bitsandbytes does."""
+def dequantised(model: nn.Module) -> Iterator[None]:
+    """Let quantised layers make float weights for each product and free them after it, as bitsandbytes does.
+
+    Args:
+        model: With layers of bitsandbytes that hold no weights.
+
+    Yields:
+        Nothing.
+    """
     layers = list(quantised_layers(model).values())
     for layer in layers:
         layer.forward = _forward_of(layer)

@@ -14,6 +14,7 @@ from peft_mlm.config import Arguments, describe_help, read_arguments, write_argu
 from peft_mlm.console import bytes_text, is_first_process, print_table
 from peft_mlm.errors import HubError, PeftMlmError
 from peft_mlm.hub import Destination, destination_of, open_repository, plan_upload, upload
+from peft_mlm.memory_watch import forget_peak, peak_bytes, resident_bytes
 from peft_mlm.model_checks import check_before_loading, check_training
 from peft_mlm.out_of_memory import memory_told
 from peft_mlm.run_folder import (
@@ -63,7 +64,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains with."""
+    """What a run trains with; `held` is what the process took before the base was loaded, in bytes."""
 
     arguments: Arguments
     run: RunFolder
@@ -72,6 +73,7 @@ class Prepared:
     plan: Plan | None
     corpus: Corpus
     trainer: MaskedLMTrainer
+    held: int | None = None
 
 
 def train(config: Mapping[str, Any] | str | Path, *, flags: Sequence[str] = ()) -> TrainResult:
@@ -183,6 +185,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     from peft_mlm.model import load_base
     from peft_mlm.precision import settle_types
     from peft_mlm.rank_schedule import planned_steps
+    from peft_mlm.trainer import MaskedLMTrainer  # noqa: F401 - its libraries are loaded before memory is measured
     from peft_mlm.training_arguments import build_training_arguments, computes_in_half
 
     arguments = settle_types(arguments)
@@ -197,6 +200,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
             arguments.data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=splits
         )
         set_seed(training.seed)
+        held = resident_bytes()
         base = load_base(with_adapter_tokenizer(arguments.model, adapter))
         check_training(base.model.config.model_type, **asked)
         corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
@@ -216,7 +220,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     )
     _tell((*base.notices, *corpus.notices, *adapted.notices))
     trainer = _build_trainer(arguments, run, base, adapted, corpus, collators, training)
-    return Prepared(arguments, run, base, adapted.model, adapted.plan, corpus, trainer)
+    return Prepared(arguments, run, base, adapted.model, adapted.plan, corpus, trainer, held)
 
 
 def run(words: Sequence[str]) -> dict[str, Any]:
@@ -360,14 +364,34 @@ def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str,
     if validation is not None:
         before = trainer.measure(validation, label="base model").describe()
         _tell([f"base model: perplexity {before['perplexity']:.3f}, masked accuracy {before['accuracy']:.4f}"])
+    known = forget_peak(trainer.args.device)
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    measured = peak_bytes(trainer.args.device, prepared.held) if known else None
     return {
         "base": before,
         "adapted": None if validation is None else trainer.measure_trained(label="adapted model").describe(),
         "steps": done.global_step,
         "epochs": round(float(trainer.state.epoch or 0), 4),
+        "memory": _describe_memory(prepared, measured),
         "train_seconds": round(done.metrics["train_runtime"], 1),
         "best_checkpoint_step": trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
+    }
+
+
+def _describe_memory(prepared: Prepared, measured: int | None) -> dict[str, Any]:
+    """Say what the run's largest moment took, beside what is predicted for it."""
+    from peft_mlm.memory import predict_loaded
+
+    try:
+        prediction = predict_loaded(prepared.trainer, prepared.arguments)
+    except Exception as error:  # whatever a model's code raises on tensors without values: the run is finished
+        logger.debug(f"the memory of the run is not predicted: {error!r}")
+        prediction = None
+    return {
+        "device": prepared.trainer.args.device.type,
+        "predicted_bytes": None if prediction is None else prediction.total,
+        "measured_bytes": measured,
+        "parts": {} if prediction is None else dict(prediction.parts),
     }
 
 

@@ -1,0 +1,459 @@
+"""What a run takes of a device's memory, known before it starts: weights, adapter, optimiser, and what a step holds.
+
+The weights are counted on an outline of the model (its parameters on the meta device), each kind in the type that it is
+held in; what a step holds is counted by `step_memory`. The prediction is for the largest moment of a run: the gradients
+and logits in it are those that are there at that moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import PeftConfig
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_mlm.adaptation import adapter_to_go_on_with, with_adapter_tokenizer, with_base_of_adapter
+from peft_mlm.adapter import ADAPTER, Plan, count_parameters, plan_adapter, wrap
+from peft_mlm.arguments import ModelArguments
+from peft_mlm.base_memory import describe_memory
+from peft_mlm.batching import row_lengths
+from peft_mlm.config import Arguments
+from peft_mlm.document_attention import why_not_apart
+from peft_mlm.document_packing import DOCUMENT_LENGTHS
+from peft_mlm.dropout import turn_off_dropout
+from peft_mlm.gathered_head import Door, base_of
+from peft_mlm.live_memory import LiveBytes, without_values
+from peft_mlm.model import Base, outline_base
+from peft_mlm.optimizers import freeze_a
+from peft_mlm.positions import resolve_max_seq_length
+from peft_mlm.quantization import check_trainable, is_quantised, modules_kept_float
+from peft_mlm.step_memory import Batch, Step, dequantised, door_of, evaluation_bytes, training_bytes
+
+# Tokens of the longest of the documents on which it is tried whether they can stand side by side.
+PROBED_LENGTH = 64
+# Bytes per number that an optimiser keeps for each trained number, by the start of its name; the longest fits. What is
+# kept in the parameter's own type counts as its size. Sources: torch.optim, transformers' Adafactor, bitsandbytes 0.50.
+STATES: Mapping[str, int] = {
+    "adamw": 2, "stable_adamw": 2, "grokadamw": 2, "schedule_free_adamw": 2, "schedule_free_radam": 2, "lion": 1,
+    "adagrad": 1, "rmsprop": 1, "schedule_free_sgd": 1, "sgd": 0, "ademamix": 3, "lomo": 0, "adalomo": 0,
+}  # fmt: skip
+# bitsandbytes keeps parameters of fewer numbers in 32 bits, others in 8 with a scale for each block.
+SMALL_8BIT, BLOCK_8BIT = 4096, 256
+# What is beside tensors. On a CPU: pages that glibc's heap leaves between blocks, buffers of the matrix kernels, lazily
+# loaded code and Trainer's own. On a GPU: blocks rounded up by PyTorch's allocator, cuBLAS's workspace (32 MiB).
+MARGIN = {"cpu": (0.07, 48 * 2**20), "cuda": (0.06, 64 * 2**20)}
+# What CUDA and the libraries' kernels take of a GPU outside of PyTorch's allocator: 300 to 600 MB, by card and driver.
+CUDA_CONTEXT = 512 * 2**20
+KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "margin")
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model to train, without its weights.
+
+    Attributes:
+        model: On the meta device, with its adapter where there is one.
+        door: Where its masked rows are picked.
+        tokenizer: Its tokenizer.
+        weights: Bytes of the base's weights by kind: `embeddings`, `encoder`, `norms`, `head`, `quantised`.
+        adapter_bytes: Bytes of what the adapter adds.
+        trainable: Numbers that are trained.
+        total: All numbers.
+        optimizer: Bytes of the optimiser's states.
+        max_seq_length: Tokens of a row at most.
+        apart: Whether documents can stand side by side in a row.
+        notices: Sentences that the user should read.
+    """
+
+    model: Any
+    door: Door | None
+    tokenizer: PreTrainedTokenizerBase
+    weights: Mapping[str, int]
+    adapter_bytes: int
+    trainable: int
+    total: int
+    optimizer: int
+    max_seq_length: int
+    apart: bool
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The memory of a run at its largest moment.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        parts: Bytes by kind (`KINDS`).
+        phase: "training" or "evaluation", whichever takes more.
+    """
+
+    device: str
+    parts: Mapping[str, int] = field(default_factory=dict)
+    phase: str = "training"
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+def build_outline(arguments: Arguments, *, total_steps: int = 1000) -> Outline:
+    """Build the model that a run trains, without weights, by the code that a run wraps it with.
+
+    Args:
+        arguments: All groups, types settled.
+        total_steps: Optimiser steps, for methods with a schedule; they do not change the memory.
+
+    Returns:
+        The outline with its counts.
+
+    Raises:
+        ModelError: There is no such model, or it cannot serve.
+        AdapterError: The adapter's options do not fit it.
+    """
+    adapter = adapter_to_go_on_with(arguments)
+    arguments = with_base_of_adapter(arguments, adapter)
+    base = outline_base(with_adapter_tokenizer(arguments.model, adapter))
+    model, peft, packed = base.model, arguments.peft, arguments.data.rows == "packed"
+    with without_values(model), LiveBytes(masked=8):
+        apart = packed and why_not_apart(model, PROBED_LENGTH) is None
+    length, notice = resolve_max_seq_length(arguments.data.max_seq_length, model, base.tokenizer)
+    if arguments.model.load_in_4bit or arguments.model.load_in_8bit:
+        quantise_outline(model, arguments.model, str(base.name_or_path))
+    weights, of_base = weight_bytes(model), {id(tensor) for tensor in _tensors(model)}
+    adapted, plan = _wrapped(base, arguments, adapter, total_steps)
+    trainable, total = count_parameters(adapted)
+    return Outline(
+        model=adapted,
+        door=door_of(adapted),
+        tokenizer=base.tokenizer,
+        weights=weights,
+        adapter_bytes=0 if peft is None else sum(_size(t) for t in _tensors(adapted) if id(t) not in of_base),
+        trainable=trainable,
+        total=total,
+        optimizer=optimizer_bytes(adapted, str(arguments.training.get("optim") or "adamw_torch")),
+        max_seq_length=length,
+        apart=apart,
+        notices=(*base.notices, *((notice,) if notice else ()), *(() if plan is None else plan.notices)),
+    )
+
+
+def _wrapped(base: Base, arguments: Arguments, adapter: Path | None, total_steps: int) -> tuple[Any, Plan | None]:
+    """Put the adapter on, as `adaptation.adapt` does with weights."""
+    model, peft = base.model, arguments.peft
+    if peft is None:
+        return model, None
+    if not peft.base_dropout:
+        turn_off_dropout(model)
+    if adapter is not None:
+        config = PeftConfig.from_pretrained(str(adapter))
+        config.inference_mode = False
+        plan = Plan(config, (), (), ())
+    else:
+        with without_values(model), LiveBytes(masked=8), dequantised(model):
+            plan = plan_adapter(
+                model,
+                peft,
+                fresh_parameters=base.fresh_parameters,
+                new_token_ids=base.new_token_ids,
+                total_steps=total_steps,
+            )
+        check_trainable(model, plan.trained_modules)
+    with torch.device("meta"), LiveBytes(masked=0):
+        adapted = wrap(model, plan)
+    if peft.use_lorafa:
+        freeze_a(adapted)
+    return adapted, plan
+
+
+def predict(
+    outline: Outline, arguments: Arguments, batch: Batch, evaluated: Batch | None, *, on_gpu: bool
+) -> Prediction:
+    """Predict the memory of a run.
+
+    Args:
+        outline: The model.
+        arguments: All groups, types settled.
+        batch: Its largest training batch.
+        evaluated: Its largest batch of an evaluation; None without evaluations.
+        on_gpu: Whether for a CUDA GPU.
+
+    Returns:
+        The memory at the larger of both moments.
+    """
+    held = {
+        "weights": sum(outline.weights.values()),
+        "adapter": outline.adapter_bytes,
+        "optimizer": outline.optimizer,
+    }
+    return _predict(outline.model, outline.door, held, (batch, evaluated), step_of(arguments, on_gpu=on_gpu))
+
+
+def predict_loaded(trainer: Any, arguments: Arguments) -> Prediction:
+    """Predict the memory of a run whose model and rows are there: the step alone is run without values.
+
+    Args:
+        trainer: With model, rows and the batch that it trains with.
+        arguments: All groups, types settled.
+
+    Returns:
+        The prediction, as a plan gives it for rows that are as long.
+    """
+    model, given = base_of(trainer.model), trainer.args
+    held: dict[str, int] = dict.fromkeys(("weights", "adapter"), 0)
+    seen: set[int] = set()
+    for name, tensor in (*trainer.model.named_parameters(), *trainer.model.named_buffers()):
+        if tensor.untyped_storage().data_ptr() not in seen:
+            seen.add(tensor.untyped_storage().data_ptr())
+            held["adapter" if f".{ADAPTER}" in name else "weights"] += _size(tensor)
+    if is_quantised(model):
+        held["weights"] = describe_memory(model)["total"] - held["adapter"]  # scales and tables are no buffers
+    held["optimizer"] = optimizer_bytes(trainer.model, str(arguments.training.get("optim") or "adamw_torch"))
+    step = replace(
+        step_of(arguments, on_gpu=given.device.type == "cuda"), accumulation=given.gradient_accumulation_steps
+    )
+    rows, validation = trainer.train_dataset, trainer.eval_dataset
+    longest = int(row_lengths(rows).max())
+    if trainer.max_tokens is not None:
+        count = int(max(1, trainer.max_tokens // longest))
+    else:
+        count = given.per_device_train_batch_size
+    apart = DOCUMENT_LENGTHS in rows.column_names
+    batches = [batch_of(arguments, min(count, len(rows)), longest, apart=apart)]
+    if validation is not None:
+        size = min(given.per_device_eval_batch_size, len(validation))
+        batches.append(batch_of(arguments, size, int(row_lengths(validation).max()), apart=apart))
+    return _predict(trainer.model, trainer.door, held, (batches[0], batches[1] if len(batches) > 1 else None), step)
+
+
+def _predict(
+    model: Any, door: Door | None, held: Mapping[str, int], batches: tuple[Batch, Batch | None], step: Step
+) -> Prediction:
+    batch, evaluated = batches
+    phases = {"training": training_bytes(model, door, batch, step)}
+    if evaluated is not None:
+        phases["evaluation"] = evaluation_bytes(model, door, evaluated, step)
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    parts = {**held, "gradients": 0, **phases[phase]}
+    device = "cuda" if step.on_gpu else "cpu"
+    share, fixed = MARGIN[device]
+    parts["margin"] = int(share * (sum(parts.values()) - held["weights"])) + fixed
+    return Prediction(device, {kind: parts[kind] for kind in KINDS}, phase)
+
+
+def step_of(arguments: Arguments, *, on_gpu: bool) -> Step:
+    """Say how a run computes its steps.
+
+    Args:
+        arguments: All groups, types settled.
+        on_gpu: Whether on a CUDA GPU.
+
+    Returns:
+        For `step_memory`.
+    """
+    given = arguments.training
+    return Step(
+        on_gpu=on_gpu,
+        half=bool(given.get("bf16") or given.get("fp16")),
+        checkpointing=bool(given.get("activation_checkpointing")),
+        accumulation=int(given.get("gradient_accumulation_steps") or 1),
+    )
+
+
+def training_batch(outline: Outline, arguments: Arguments, longest: int | None = None) -> Batch:
+    """Say how large a run's largest training batch is.
+
+    Args:
+        outline: The model.
+        arguments: All groups.
+        longest: Tokens of the longest row, where it is known to be shorter than the model's rows.
+
+    Returns:
+        For `step_memory`.
+    """
+    data = arguments.data
+    tokens = outline.max_seq_length if longest is None or data.pad_to_max_length else longest
+    rows = int(arguments.training.get("per_device_train_batch_size") or 8)
+    if data.max_tokens_per_batch is not None:
+        rows = max(1, data.max_tokens_per_batch // tokens)
+    return batch_of(arguments, rows, tokens, apart=outline.apart)
+
+
+def evaluation_batch(outline: Outline, arguments: Arguments, longest: int | None = None) -> Batch | None:
+    """Say how large a run's largest batch of an evaluation is.
+
+    Args:
+        outline: The model.
+        arguments: All groups.
+        longest: As in `training_batch`.
+
+    Returns:
+        For `step_memory`; None where nothing is evaluated.
+    """
+    if arguments.training.get("do_eval") is False:
+        return None
+    tokens = outline.max_seq_length if longest is None or arguments.data.pad_to_max_length else longest
+    rows = int(arguments.training.get("per_device_eval_batch_size") or 8)
+    return batch_of(arguments, rows, tokens, apart=outline.apart)
+
+
+def batch_of(arguments: Arguments, rows: int, tokens: int, *, apart: bool) -> Batch:
+    """Describe a batch of so many rows and tokens.
+
+    Args:
+        arguments: How rows are made, and the share of tokens that is predicted.
+        rows: Rows.
+        tokens: Tokens of each.
+        apart: Whether documents stand side by side in a row.
+
+    Returns:
+        For `step_memory`.
+    """
+    one_text_a_row = arguments.data.rows == "line" or (arguments.data.rows == "packed" and not apart)
+    return Batch(
+        rows=rows,
+        tokens=tokens,
+        masked=max(1, round(arguments.data.mlm_probability * rows * tokens)),
+        padded=one_text_a_row or arguments.data.pad_to_max_length,
+        documents=apart,
+    )
+
+
+def weight_bytes(model: PreTrainedModel) -> dict[str, int]:
+    """Count the bytes of a base's weights by kind; a tied matrix is counted once, with the embeddings.
+
+    Args:
+        model: The base, on the meta device, its layers quantised where they will be.
+
+    Returns:
+        Bytes of `embeddings`, `encoder`, `norms`, `head` and `quantised` (with scales and tables).
+    """
+    of_encoder = {id(module) for module in model.base_model.modules()}
+    taken = dict.fromkeys(("embeddings", "encoder", "norms", "head", "quantised"), 0)
+    seen: set[int] = set()
+    # Embeddings first: a decoder that is tied to them takes nothing more.
+    for module in sorted(model.modules(), key=lambda module: not isinstance(module, nn.Embedding)):
+        is_norm = type(module).__name__.endswith("Norm")
+        inside = "norms" if is_norm else "encoder" if id(module) in of_encoder else "head"
+        kind = "embeddings" if isinstance(module, nn.Embedding) else inside
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if isinstance(module, Linear4bit | Linear8bitLt) and name == "weight":
+                taken["quantised"] += quantised_bytes(module)
+            else:
+                taken[kind] += _size(tensor)
+    return taken
+
+
+def quantised_bytes(layer: Linear4bit | Linear8bitLt) -> int:
+    """Count what the weight of a quantised layer takes, scales and tables included.
+
+    Args:
+        layer: Not quantised yet.
+
+    Returns:
+        Bytes, as bitsandbytes stores them: for 4 bits half a byte a number, a float32 scale for each block of 64 and a
+        table of 16 numbers, with double quantisation a byte for each scale, a float32 for each 256 of them, a table of
+        256 and a mean; for 8 bits a byte a number and a float32 scale for each row.
+    """
+    count = layer.in_features * layer.out_features
+    if isinstance(layer, Linear8bitLt):
+        return count + 4 * layer.out_features
+    blocks = math.ceil(count / 64)
+    scales = 4 * blocks
+    if layer.weight.compress_statistics:
+        scales = blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 4
+    return math.ceil(count / 2) + scales + 4 * 16
+
+
+def quantise_outline(model: PreTrainedModel, arguments: ModelArguments, name: str) -> None:
+    """Put the layers of a quantised base in place, without weights.
+
+    Args:
+        model: The base on the meta device; it is changed in place. Its norms become float32.
+        arguments: Which bits, of which kind.
+        name: Of the base, for messages.
+
+    Raises:
+        ModelError: No layer of this model type can be quantised.
+    """
+    kept = modules_kept_float(model, name)
+    for layer_name, module in list(model.named_modules()):
+        skipped = any(layer_name == one or layer_name.startswith(f"{one}.") for one in kept)
+        if type(module) is nn.Linear and not skipped:
+            model.set_submodule(layer_name, _quantised_layer(module, arguments))
+        elif type(module).__name__.endswith("Norm"):
+            module.float()
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = arguments.load_in_4bit, arguments.load_in_8bit
+
+
+def _quantised_layer(linear: nn.Linear, arguments: ModelArguments) -> Linear4bit | Linear8bitLt:
+    sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    layer: Any
+    if arguments.load_in_8bit:
+        threshold = arguments.llm_int8_threshold
+        layer = Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, threshold=threshold, device="meta")
+    else:
+        chosen = arguments.bnb_4bit_compute_dtype
+        layer = Linear4bit(
+            *sizes,
+            bias=bias,
+            compute_dtype=None if chosen == "auto" else getattr(torch, chosen),
+            compress_statistics=arguments.bnb_4bit_use_double_quant,
+            quant_type=arguments.bnb_4bit_quant_type,
+            device="meta",
+        )
+    layer.requires_grad_(False)
+    if bias:
+        layer.bias.data = layer.bias.data.float()  # it stays exact
+    return layer
+
+
+def optimizer_bytes(model: nn.Module, name: str) -> int:
+    """Count what an optimiser keeps of the trained parameters between steps.
+
+    Args:
+        model: On any device.
+        name: `optim`.
+
+    Returns:
+        Bytes; for an optimiser that is not in the table, those of AdamW, which few exceed.
+    """
+    plain = name.removeprefix("paged_")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if plain == "adafactor":
+        return sum(
+            4 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel()) for p in trained
+        )
+    known = [start for start in STATES if plain.startswith(start)]
+    count = STATES[max(known, key=len)] if known else STATES["adamw"]
+    if plain.endswith("4bit") or plain.endswith("8bit"):
+        return sum(count * _states_8bit(p, half=plain.endswith("4bit")) for p in trained)
+    of_own_type = "bnb" not in plain and not plain.startswith(("lion", "ademamix"))
+    return sum(count * p.numel() * (p.element_size() if of_own_type else 4) for p in trained)
+
+
+def _states_8bit(parameter: nn.Parameter, *, half: bool) -> int:
+    count = parameter.numel()
+    if count < SMALL_8BIT:
+        return 4 * count
+    return (count // 2 if half else count) + 4 * math.ceil(count / BLOCK_8BIT)
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    """List parameters and buffers, a tied one once."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
