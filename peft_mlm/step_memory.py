@@ -107,13 +107,15 @@ def training_bytes(model: nn.Module, door: Door | None, batch: Batch, step: Step
         was_training = model.training
         model.train()
         try:
-            with counter, fused_lora(model), _as_accelerated(model, step), _rules(step):
+            with counter, fused_lora(model), _as_accelerated(model, step):
                 inputs, labels = _inputs(batch)
                 for _ in range(min(step.accumulation, 2)):  # the gradients of the first lie beside the second
-                    with _types(step):
+                    with _rules(step), _types(step):
                         loss = sum_over_masked(model, inputs, labels, _Loss(step).of, door=door)
-                    # not the tensor's own method, within which a mode's functions are not seen
-                    torch.autograd.backward(loss)
+                    with contextlib.ExitStack() as rules:
+                        # Entered within the backward pass: a call of `backward` under a mode hides the mode from it.
+                        loss.register_hook(lambda _, rules=rules: rules.enter_context(_rules(step)) and None)
+                        loss.backward()  # type: ignore[no-untyped-call]
                     del loss
         finally:
             model.train(was_training)
