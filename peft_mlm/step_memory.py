@@ -17,6 +17,7 @@ import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from peft_mlm.collator import DOCUMENT_IDS, IGNORE_INDEX
@@ -112,10 +113,8 @@ def training_bytes(model: nn.Module, door: Door | None, batch: Batch, step: Step
                 for _ in range(min(step.accumulation, 2)):  # the gradients of the first lie beside the second
                     with _rules(step), _types(step):
                         loss = sum_over_masked(model, inputs, labels, _Loss(step).of, door=door)
-                    with contextlib.ExitStack() as rules:
-                        # Entered within the backward pass: a call of `backward` under a mode hides the mode from it.
-                        loss.register_hook(lambda _, rules=rules: rules.enter_context(_rules(step)) and None)
-                        loss.backward()  # type: ignore[no-untyped-call]
+                    with _rules(step):
+                        _backward(loss)
                     del loss
         finally:
             model.train(was_training)
@@ -175,6 +174,12 @@ def _checkpointing(base: Any, on: bool) -> Iterator[None]:
         yield
     finally:
         base.activation_checkpointing_disable()
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """Go backwards; `loss.backward()` would hide a mode that is on from the layers that run again."""
+    options = {"allow_unreachable": True, "accumulate_grad": True}
+    _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **options)
 
 
 @contextlib.contextmanager
