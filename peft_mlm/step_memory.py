@@ -268,7 +268,10 @@ class _LossBytes(torch.autograd.Function):
     @staticmethod
     def between(logits: torch.Tensor, on_gpu: bool) -> None:
         """Make what is between: all rows in float32 on a GPU, a few at a time on a CPU."""
-        some = torch.empty_like(logits, dtype=torch.float32) if on_gpu else logits.new_empty(2 * CACHED_BYTES // 4)
+        if on_gpu:
+            some = torch.empty_like(logits, dtype=torch.float32)
+        else:
+            some = logits.new_empty(2 * min(logits.numel(), CACHED_BYTES // 4))
         del some
 
 
