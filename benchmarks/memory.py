@@ -23,21 +23,22 @@ MODELS = {
     "XLM-R-base, 250 k tokens": ("xlm-roberta", {}, 250_002),
     "BERT-large 24 × 1024": ("bert", LARGE, 30_522),
 }
+WORDS = "the of and to in is was for on as with by at from water house light small number people place time"
 LORA, CHECKPOINTING = ["--use_lora"], ["--activation_checkpointing"]
 # model, rows, tokens, further flags
 RUNS = [
     ("MiniLM 6 × 384", 8, 128, LORA),
     ("MiniLM 6 × 384", 32, 64, LORA),
     ("MiniLM 6 × 384", 8, 256, []),
-    ("MiniLM 6 × 384", 16, 128, LORA + CHECKPOINTING),
+    ("MiniLM 6 × 384", 16, 128, [*LORA, *CHECKPOINTING]),
     ("BERT-base 12 × 768", 8, 128, LORA),
-    ("BERT-base 12 × 768", 4, 256, LORA + ["--attn_implementation", "eager"]),
+    ("BERT-base 12 × 768", 4, 256, [*LORA, "--attn_implementation", "eager"]),
     ("BERT-base 12 × 768", 4, 128, []),
-    ("BERT-base 12 × 768", 16, 128, LORA + CHECKPOINTING),
+    ("BERT-base 12 × 768", 16, 128, [*LORA, *CHECKPOINTING]),
     ("XLM-R-base, 250 k tokens", 4, 128, LORA),
-    ("XLM-R-base, 250 k tokens", 8, 128, LORA + CHECKPOINTING),
+    ("XLM-R-base, 250 k tokens", 8, 128, [*LORA, *CHECKPOINTING]),
     ("BERT-large 24 × 1024", 4, 128, LORA),
-    ("BERT-large 24 × 1024", 8, 128, LORA + CHECKPOINTING),
+    ("BERT-large 24 × 1024", 8, 128, [*LORA, *CHECKPOINTING]),
 ]
 
 
@@ -57,30 +58,7 @@ def save_model(name: str, folder: Path) -> None:
 
 def save_text(folder: Path) -> Path:
     """Write texts of common words."""
-    words = [
-        "the",
-        "of",
-        "and",
-        "to",
-        "in",
-        "is",
-        "was",
-        "for",
-        "on",
-        "as",
-        "with",
-        "by",
-        "at",
-        "from",
-        "water",
-        "house",
-        "light",
-        "small",
-        "number",
-        "people",
-        "place",
-        "time",
-    ]
+    words = WORDS.split()
     chance = random.Random(0)
     path = folder / "text.txt"
     path.write_text("\n".join(" ".join(chance.choices(words, k=60)) for _ in range(4000)) + "\n", encoding="utf-8")

@@ -26,15 +26,14 @@ aten = torch.ops.aten
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that the operations within a `with` block make and that are alive.
 
+    `peak` holds these bytes by kind, at the moment when their sum was largest.
+
     Args:
         masked: Rows that picking by a mask gives: the masked tokens of a batch. None where tensors have values, which
             tell it: then nothing is settled here.
         padded: Whether a batch has padding: what `all` says of an attention mask.
         kind: Names the kind of a tensor by its shape; the bytes of each kind are counted apart.
         held: Tensors that are there anyway, such as weights: they are not counted.
-
-    Attributes:
-        peak: Bytes alive by kind, at the moment when their sum was largest.
     """
 
     def __init__(

@@ -7,22 +7,20 @@ and logits in it are those that are there at that moment.
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftConfig
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from peft_mlm.adaptation import adapter_to_go_on_with, with_adapter_tokenizer, with_base_of_adapter
 from peft_mlm.adapter import ADAPTER, Plan, count_parameters, plan_adapter, wrap
-from peft_mlm.arguments import ModelArguments
-from peft_mlm.base_memory import describe_memory
+from peft_mlm.base_memory import describe_memory, quantise_outline, weight_bytes
 from peft_mlm.batching import row_lengths
 from peft_mlm.config import Arguments
 from peft_mlm.document_attention import why_not_apart
@@ -31,21 +29,16 @@ from peft_mlm.dropout import turn_off_dropout
 from peft_mlm.gathered_head import Door, base_of
 from peft_mlm.live_memory import LiveBytes, without_values
 from peft_mlm.model import Base, outline_base
+from peft_mlm.optimizer_memory import optimizer_bytes
 from peft_mlm.optimizers import freeze_a
 from peft_mlm.positions import resolve_max_seq_length
-from peft_mlm.quantization import check_trainable, is_quantised, modules_kept_float
+from peft_mlm.quantization import check_trainable, is_quantised
 from peft_mlm.step_memory import Batch, Step, dequantised, door_of, evaluation_bytes, training_bytes
+
+logger = logging.getLogger(__name__)
 
 # Tokens of the longest of the documents on which it is tried whether they can stand side by side.
 PROBED_LENGTH = 64
-# Bytes per number that an optimiser keeps for each trained number, by the start of its name; the longest fits. What is
-# kept in the parameter's own type counts as its size. Sources: torch.optim, transformers' Adafactor, bitsandbytes 0.50.
-STATES: Mapping[str, int] = {
-    "adamw": 2, "stable_adamw": 2, "grokadamw": 2, "schedule_free_adamw": 2, "schedule_free_radam": 2, "lion": 1,
-    "adagrad": 1, "rmsprop": 1, "schedule_free_sgd": 1, "sgd": 0, "ademamix": 3, "lomo": 0, "adalomo": 0,
-}  # fmt: skip
-# bitsandbytes keeps parameters of fewer numbers in 32 bits, others in 8 with a scale for each block.
-SMALL_8BIT, BLOCK_8BIT = 4096, 256
 # What is beside tensors. On a CPU: pages that glibc's heap leaves between blocks, buffers of the matrix kernels, lazily
 # loaded code and Trainer's own. On a GPU: blocks rounded up by PyTorch's allocator, cuBLAS's workspace (32 MiB).
 MARGIN = {"cpu": (0.07, 48 * 2**20), "cuda": (0.06, 64 * 2**20)}
@@ -234,6 +227,31 @@ def predict_loaded(trainer: Any, arguments: Arguments) -> Prediction:
     return _predict(trainer.model, trainer.door, held, (batches[0], batches[1] if len(batches) > 1 else None), step)
 
 
+def describe_run_memory(trainer: Any, arguments: Arguments, measured: int | None) -> dict[str, Any]:
+    """Say what a run's largest moment took, beside what is predicted for it.
+
+    Args:
+        trainer: Of the run, which is finished.
+        arguments: All groups, types settled.
+        measured: Bytes (`memory_watch.peak_bytes`); None where they are not known.
+
+    Returns:
+        `device`, `predicted_bytes` and `parts` (None and empty where a model's code does not run without values),
+        `measured_bytes`.
+    """
+    try:
+        prediction = predict_loaded(trainer, arguments)
+    except Exception as error:  # whatever a model's code raises; the run is finished and must not be lost
+        logger.debug(f"the memory of the run is not predicted: {error!r}")
+        prediction = None
+    return {
+        "device": trainer.args.device.type,
+        "predicted_bytes": None if prediction is None else prediction.total,
+        "measured_bytes": measured,
+        "parts": {} if prediction is None else dict(prediction.parts),
+    }
+
+
 def _predict(
     model: Any, door: Door | None, held: Mapping[str, int], batches: tuple[Batch, Batch | None], step: Step
 ) -> Prediction:
@@ -325,129 +343,6 @@ def batch_of(arguments: Arguments, rows: int, tokens: int, *, apart: bool) -> Ba
         padded=one_text_a_row or arguments.data.pad_to_max_length,
         documents=apart,
     )
-
-
-def weight_bytes(model: PreTrainedModel) -> dict[str, int]:
-    """Count the bytes of a base's weights by kind; a tied matrix is counted once, with the embeddings.
-
-    Args:
-        model: The base, on the meta device, its layers quantised where they will be.
-
-    Returns:
-        Bytes of `embeddings`, `encoder`, `norms`, `head` and `quantised` (with scales and tables).
-    """
-    of_encoder = {id(module) for module in model.base_model.modules()}
-    taken = dict.fromkeys(("embeddings", "encoder", "norms", "head", "quantised"), 0)
-    seen: set[int] = set()
-    # Embeddings first: a decoder that is tied to them takes nothing more.
-    for module in sorted(model.modules(), key=lambda module: not isinstance(module, nn.Embedding)):
-        is_norm = type(module).__name__.endswith("Norm")
-        inside = "norms" if is_norm else "encoder" if id(module) in of_encoder else "head"
-        kind = "embeddings" if isinstance(module, nn.Embedding) else inside
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            if isinstance(module, Linear4bit | Linear8bitLt) and name == "weight":
-                taken["quantised"] += quantised_bytes(module)
-            else:
-                taken[kind] += _size(tensor)
-    return taken
-
-
-def quantised_bytes(layer: Linear4bit | Linear8bitLt) -> int:
-    """Count what the weight of a quantised layer takes, scales and tables included.
-
-    Args:
-        layer: Not quantised yet.
-
-    Returns:
-        Bytes, as bitsandbytes stores them: for 4 bits half a byte a number, a float32 scale for each block of 64 and a
-        table of 16 numbers, with double quantisation a byte for each scale, a float32 for each 256 of them, a table of
-        256 and a mean; for 8 bits a byte a number and a float32 scale for each row.
-    """
-    count = layer.in_features * layer.out_features
-    if isinstance(layer, Linear8bitLt):
-        return count + 4 * layer.out_features
-    blocks = math.ceil(count / 64)
-    scales = 4 * blocks
-    if layer.weight.compress_statistics:
-        scales = blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 4
-    return math.ceil(count / 2) + scales + 4 * 16
-
-
-def quantise_outline(model: PreTrainedModel, arguments: ModelArguments, name: str) -> None:
-    """Put the layers of a quantised base in place, without weights.
-
-    Args:
-        model: The base on the meta device; it is changed in place. Its norms become float32.
-        arguments: Which bits, of which kind.
-        name: Of the base, for messages.
-
-    Raises:
-        ModelError: No layer of this model type can be quantised.
-    """
-    kept = modules_kept_float(model, name)
-    for layer_name, module in list(model.named_modules()):
-        skipped = any(layer_name == one or layer_name.startswith(f"{one}.") for one in kept)
-        if type(module) is nn.Linear and not skipped:
-            model.set_submodule(layer_name, _quantised_layer(module, arguments))
-        elif type(module).__name__.endswith("Norm"):
-            module.float()
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = arguments.load_in_4bit, arguments.load_in_8bit
-
-
-def _quantised_layer(linear: nn.Linear, arguments: ModelArguments) -> Linear4bit | Linear8bitLt:
-    sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
-    layer: Any
-    if arguments.load_in_8bit:
-        threshold = arguments.llm_int8_threshold
-        layer = Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, threshold=threshold, device="meta")
-    else:
-        chosen = arguments.bnb_4bit_compute_dtype
-        layer = Linear4bit(
-            *sizes,
-            bias=bias,
-            compute_dtype=None if chosen == "auto" else getattr(torch, chosen),
-            compress_statistics=arguments.bnb_4bit_use_double_quant,
-            quant_type=arguments.bnb_4bit_quant_type,
-            device="meta",
-        )
-    layer.requires_grad_(False)
-    if bias:
-        layer.bias.data = layer.bias.data.float()  # it stays exact
-    return layer
-
-
-def optimizer_bytes(model: nn.Module, name: str) -> int:
-    """Count what an optimiser keeps of the trained parameters between steps.
-
-    Args:
-        model: On any device.
-        name: `optim`.
-
-    Returns:
-        Bytes; for an optimiser that is not in the table, those of AdamW, which few exceed.
-    """
-    plain = name.removeprefix("paged_")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if plain == "adafactor":
-        return sum(
-            4 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel()) for p in trained
-        )
-    known = [start for start in STATES if plain.startswith(start)]
-    count = STATES[max(known, key=len)] if known else STATES["adamw"]
-    if plain.endswith("4bit") or plain.endswith("8bit"):
-        return sum(count * _states_8bit(p, half=plain.endswith("4bit")) for p in trained)
-    of_own_type = "bnb" not in plain and not plain.startswith(("lion", "ademamix"))
-    return sum(count * p.numel() * (p.element_size() if of_own_type else 4) for p in trained)
-
-
-def _states_8bit(parameter: nn.Parameter, *, half: bool) -> int:
-    count = parameter.numel()
-    if count < SMALL_8BIT:
-        return 4 * count
-    return (count // 2 if half else count) + 4 * math.ceil(count / BLOCK_8BIT)
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:

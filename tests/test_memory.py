@@ -9,20 +9,19 @@ from transformers import Trainer, TrainingArguments
 
 from peft_mlm.adapter import count_parameters
 from peft_mlm.arguments import ModelArguments
-from peft_mlm.base_memory import describe_memory
+from peft_mlm.base_memory import describe_memory, weight_bytes
 from peft_mlm.config import read_arguments
 from peft_mlm.memory import (
     KINDS,
     build_outline,
     evaluation_batch,
-    optimizer_bytes,
     predict,
     step_of,
     training_batch,
-    weight_bytes,
 )
 from peft_mlm.memory_watch import available_bytes, forget_peak, peak_bytes, resident_bytes
 from peft_mlm.model import load_base
+from peft_mlm.optimizer_memory import optimizer_bytes
 from tests.tiny import save_encoder
 
 

@@ -358,8 +358,9 @@ def _peft_type(model: Any) -> str:
 
 
 def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str, Any]:
-    trainer, validation = prepared.trainer, prepared.corpus.rows.get("validation")
+    from peft_mlm.memory import describe_run_memory
 
+    trainer, validation = prepared.trainer, prepared.corpus.rows.get("validation")
     before = None
     if validation is not None:
         before = trainer.measure(validation, label="base model").describe()
@@ -372,26 +373,9 @@ def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str,
         "adapted": None if validation is None else trainer.measure_trained(label="adapted model").describe(),
         "steps": done.global_step,
         "epochs": round(float(trainer.state.epoch or 0), 4),
-        "memory": _describe_memory(prepared, measured),
+        "memory": describe_run_memory(trainer, prepared.arguments, measured),
         "train_seconds": round(done.metrics["train_runtime"], 1),
         "best_checkpoint_step": trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
-    }
-
-
-def _describe_memory(prepared: Prepared, measured: int | None) -> dict[str, Any]:
-    """Say what the run's largest moment took, beside what is predicted for it."""
-    from peft_mlm.memory import predict_loaded
-
-    try:
-        prediction = predict_loaded(prepared.trainer, prepared.arguments)
-    except Exception as error:  # whatever a model's code raises on tensors without values: the run is finished
-        logger.debug(f"the memory of the run is not predicted: {error!r}")
-        prediction = None
-    return {
-        "device": prepared.trainer.args.device.type,
-        "predicted_bytes": None if prediction is None else prediction.total,
-        "measured_bytes": measured,
-        "parts": {} if prediction is None else dict(prediction.parts),
     }
 
 

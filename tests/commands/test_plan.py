@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_what_does_not_fit_gets_remedies_in_order_each_less_than_the_one_before(
     assert flags[2] == "--per_device_train_batch_size 1 --gradient_accumulation_steps 8"
     assert flags[3:7] == ["--activation_checkpointing", "--use_lora", "--load_in_4bit", "--max_seq_length 256"]
     predicted = [record["predicted_bytes"], *(row["predicted_bytes"] for row in record["remedies"])]
-    assert all(later < earlier for earlier, later in zip(predicted, predicted[1:], strict=False)), predicted
+    assert all(later < earlier for earlier, later in itertools.pairwise(predicted)), predicted
     enough = predicted[3]
     fitting = make_plan(arguments, Device("cuda", "a GPU", enough, 0))["remedies"]
     assert [row["fits"] for row in fitting] == [False, False, True]
