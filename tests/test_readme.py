@@ -21,6 +21,7 @@ OTHER_FLAGS = {
     "any_base",
     "output_dir",
     "top_k",
+    "gpu",
     "adapter",
     "format",
     "pooling",
