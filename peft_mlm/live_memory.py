@@ -9,6 +9,7 @@ that is read out of a tensor is 0, two tensors are different.
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
 aten = torch.ops.aten
 
@@ -153,7 +155,7 @@ def without_values(model: nn.Module) -> Iterator[FakeTensorMode]:
     Yields:
         The mode, which is on: tensors made within have no values either.
     """
-    mode = FakeTensorMode()
+    mode, log = FakeTensorMode(), logging.getLogger("torch._subclasses.fake_tensor")
     made: dict[int, torch.Tensor] = {}
     before: list[tuple[dict[str, Any], str, Any]] = []
 
@@ -176,8 +178,12 @@ def without_values(model: nn.Module) -> Iterator[FakeTensorMode]:
                 for name, value in list(holder.items()):
                     if isinstance(value, torch.Tensor):
                         replace(holder, name, twin(value))
+        # transformers would leave open whether a mask is needed, and the log tells of every try that fails.
+        tracing, disabled = masking_utils.is_tracing, log.disabled
+        masking_utils.is_tracing, log.disabled = lambda tensor=None: False, True
         try:
             yield mode
         finally:
+            masking_utils.is_tracing, log.disabled = tracing, disabled
             for holder, name, value in before:
                 holder[name] = value

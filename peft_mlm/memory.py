@@ -26,6 +26,7 @@ from peft_mlm.config import Arguments
 from peft_mlm.document_attention import why_not_apart
 from peft_mlm.document_packing import DOCUMENT_LENGTHS
 from peft_mlm.dropout import turn_off_dropout
+from peft_mlm.errors import ModelError
 from peft_mlm.gathered_head import Door, base_of
 from peft_mlm.live_memory import LiveBytes, without_values
 from peft_mlm.model import Base, outline_base
@@ -241,7 +242,7 @@ def describe_run_memory(trainer: Any, arguments: Arguments, measured: int | None
     """
     try:
         prediction = predict_loaded(trainer, arguments)
-    except Exception as error:  # whatever a model's code raises; the run is finished and must not be lost
+    except ModelError as error:  # the run is finished, and must not be lost
         logger.debug(f"the memory of the run is not predicted: {error!r}")
         prediction = None
     return {
@@ -256,9 +257,16 @@ def _predict(
     model: Any, door: Door | None, held: Mapping[str, int], batches: tuple[Batch, Batch | None], step: Step
 ) -> Prediction:
     batch, evaluated = batches
-    phases = {"training": training_bytes(model, door, batch, step)}
-    if evaluated is not None:
-        phases["evaluation"] = evaluation_bytes(model, door, evaluated, step)
+    try:
+        phases = {"training": training_bytes(model, door, batch, step)}
+        if evaluated is not None:
+            phases["evaluation"] = evaluation_bytes(model, door, evaluated, step)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"The memory of a {base_of(model).config.model_type} model is not predicted: its code does not run on "
+            f"tensors without values ({reason}). Train a few steps: summary.json tells what they took."
+        ) from error
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     parts = {**held, "gradients": 0, **phases[phase]}
     device = "cuda" if step.on_gpu else "cpu"
