@@ -14,11 +14,13 @@ from peft_mlm.memory import (
     build_outline,
     evaluation_batch,
     predict,
+    step_of,
     training_batch,
 )
 from peft_mlm.model_types import MODEL_TYPES, ModelType
 from peft_mlm.out_of_memory import smaller_batch
 from peft_mlm.run_size import describe_run_size
+from peft_mlm.step_memory import Batch
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 SHORTEST = 32
@@ -61,10 +63,11 @@ class Planner:
         self.arguments, self.device = arguments, device
         self._outlines: dict[str, Outline] = {}
         self._sizes: dict[str, dict[str, Any]] = {}
+        self._predictions: dict[str, Prediction] = {}
 
     def outline(self, arguments: Arguments) -> Outline:
         """Give the outline of a run's model."""
-        key = repr((arguments.model, arguments.peft, arguments.data.max_seq_length, arguments.data.rows))
+        key = _model_key(arguments)
         if key not in self._outlines:
             self._outlines[key] = build_outline(arguments)
         return self._outlines[key]
@@ -83,7 +86,7 @@ class Planner:
         """Predict a run as it stands."""
         outline, longest = self.outline(arguments), self.size(arguments)["longest_row"]
         batch, evaluated = training_batch(outline, arguments, longest), evaluation_batch(outline, arguments, longest)
-        return predict(outline, arguments, batch, evaluated, on_gpu=self.device.kind == "cuda")
+        return self._predict(arguments, batch, evaluated)
 
     def of_batch(self, rows: int, *, checkpointing: bool) -> Prediction:
         """Predict the run's training with batches of another size."""
@@ -91,7 +94,18 @@ class Planner:
         tokens = training_batch(outline, self.arguments, self.size(self.arguments)["longest_row"]).tokens
         batch = batch_of(self.arguments, rows, tokens, apart=outline.apart)
         changed = with_training(self.arguments, activation_checkpointing=checkpointing)
-        return predict(outline, changed, batch, None, on_gpu=self.device.kind == "cuda")
+        return self._predict(changed, batch, None)
+
+    def _predict(self, arguments: Arguments, batch: Batch, evaluated: Batch | None) -> Prediction:
+        on_gpu = self.device.kind == "cuda"
+        key = repr((_model_key(arguments), batch, evaluated, step_of(arguments, on_gpu=on_gpu)))
+        if key not in self._predictions:
+            self._predictions[key] = predict(self.outline(arguments), arguments, batch, evaluated, on_gpu=on_gpu)
+        return self._predictions[key]
+
+
+def _model_key(arguments: Arguments) -> str:
+    return repr((arguments.model, arguments.peft, arguments.data.max_seq_length, arguments.data.rows))
 
 
 def with_training(arguments: Arguments, **values: Any) -> Arguments:
