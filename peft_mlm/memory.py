@@ -225,7 +225,8 @@ def predict_loaded(trainer: Any, arguments: Arguments) -> Prediction:
     if validation is not None:
         size = min(given.per_device_eval_batch_size, len(validation))
         batches.append(batch_of(arguments, size, int(row_lengths(validation).max()), apart=apart))
-    return _predict(trainer.model, trainer.door, held, (batches[0], batches[1] if len(batches) > 1 else None), step)
+    with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled anew, for tensors without values
+        return _predict(trainer.model, trainer.door, held, (batches[0], batches[1] if len(batches) > 1 else None), step)
 
 
 def describe_run_memory(trainer: Any, arguments: Arguments, measured: int | None) -> dict[str, Any]:
@@ -240,11 +241,12 @@ def describe_run_memory(trainer: Any, arguments: Arguments, measured: int | None
         `device`, `predicted_bytes` and `parts` (None and empty where a model's code does not run without values),
         `measured_bytes`.
     """
+    prediction = None
     try:
-        prediction = predict_loaded(trainer, arguments)
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # else a process holds a part of the model
+            prediction = predict_loaded(trainer, arguments)
     except ModelError as error:  # the run is finished, and must not be lost
-        logger.debug(f"the memory of the run is not predicted: {error!r}")
-        prediction = None
+        logger.debug(f"the memory of the run is not predicted: {error}")
     return {
         "device": trainer.args.device.type,
         "predicted_bytes": None if prediction is None else prediction.total,

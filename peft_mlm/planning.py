@@ -37,14 +37,12 @@ class Device:
         name: For people.
         total: Its memory in bytes; None where it is not known.
         taken: Bytes of it that are taken before a model is loaded: CUDA's context, or the libraries of the process.
-        has_bfloat16: Whether it is a GPU that computes in bfloat16.
     """
 
     kind: str
     name: str
     total: int | None
     taken: int
-    has_bfloat16: bool = True
 
     def holds(self, predicted: int) -> bool | None:
         """Tell whether a run of so many bytes fits; None where its memory is not known."""

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from peft_mlm.config import Arguments
+from peft_mlm.errors import DataError
 from peft_mlm.text_files import find_files, read_text_files
 from peft_mlm.tokenization import special_token_frame, text_separator
 
@@ -69,7 +70,10 @@ def _count(
     if not data.train_file:
         what = f"the data set {data.dataset_name} is not loaded for a plan" if data.dataset_name else "no text is given"
         return {}, f"Rows and tokens are not known: {what}."
-    files = find_files(data.train_file)
+    try:
+        files = find_files(data.train_file)
+    except DataError as error:
+        return {}, f"Rows and tokens are not known: {error}"
     held = sum(file.stat().st_size for file in files)
     if held > READ_AT_MOST:
         return {}, f"Rows and tokens are not known: the text has {held / 1e9:.1f} GB, and is not read for a plan."

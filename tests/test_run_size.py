@@ -52,6 +52,9 @@ def test_without_text_the_steps_are_those_asked_for(base_folder: Path) -> None:
     assert (size["steps"], size["rows"], size["tokens"]) == (70, None, None)
     assert "not known" in str(size["why"])
     assert size_of(base_folder, None)["steps"] is None
+    gone = size_of(base_folder, Path("nowhere/*.txt"), max_steps=70)
+    assert (gone["steps"], gone["rows"]) == (70, None)
+    assert "nowhere" in str(gone["why"])
 
 
 def test_a_smaller_batch_with_more_accumulation_is_as_many_steps(base_folder: Path, text_file: Path) -> None:

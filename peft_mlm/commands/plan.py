@@ -184,7 +184,7 @@ def _plan(arguments: Arguments, gpu: tuple[str, int, bool] | None, run: RunFolde
         device = _device_here(arguments)
     else:
         name, total, has_bfloat16 = gpu
-        device = Device("cuda", name, total, CUDA_CONTEXT, has_bfloat16)
+        device = Device("cuda", name, total, CUDA_CONTEXT)
         check_types(arguments)
         base = arguments.model.model_name_or_path
         if base is not None:
