@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 
 aten = torch.ops.aten
@@ -54,11 +55,17 @@ class LiveBytes(TorchDispatchMode):
         self._kinds: dict[int, str] = {}
         self._held = {tensor.untyped_storage()._cdata for tensor in held}
         self._alive: dict[int, weakref.ref[Any]] = {}
+        # Tensors of one value throughout, which is known: X-MOD numbers the languages of rows by them.
+        self._values: Any = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, or settle what it gives where that depends on values, and count what it made."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs) if self.masked is None else self._settle(func, args, kwargs, self.masked)
+        if self.masked is None:
+            result = func(*args, **kwargs)
+        else:
+            result = self._settle(func, args, kwargs, self.masked)
+            self._note(func, args, result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor)
@@ -78,12 +85,28 @@ class LiveBytes(TorchDispatchMode):
         if func is aten.count_nonzero.default:
             return _constant(0 if args[0].dim() == 1 else 1)  # a fresh bias is zero, a fresh matrix is not
         if func is aten.nonzero.default:
-            return args[0].new_empty((masked, args[0].dim()), dtype=torch.int64)
+            return args[0].new_empty((self._chosen(args[0], masked), args[0].dim()), dtype=torch.int64)
         if func is aten.masked_select.default:
             return args[0].new_empty((masked,))
         if func is aten.index.Tensor and any(_is_mask(index) for index in args[1]):
-            return _index_by_mask(args[0], args[1], masked)
+            mask = next(index for index in args[1] if _is_mask(index))
+            return _index_by_mask(args[0], args[1], self._chosen(mask, masked))
         return func(*args, **kwargs)
+
+    def _note(self, func: Any, args: Any, result: Any) -> None:
+        """Keep the value of tensors that have one throughout."""
+        known = [self._values.get(x, x) if isinstance(x, torch.Tensor) else x for x in args[:2]]
+        value = None
+        if func is aten.ones.default:
+            value = 1
+        elif func in (aten.mul.Tensor, aten.eq.Scalar) and all(isinstance(x, int | float) for x in known):
+            value = known[0] * known[1] if func is aten.mul.Tensor else known[0] == known[1]
+        if value is not None:
+            self._values[result] = value
+
+    def _chosen(self, mask: torch.Tensor, masked: int) -> int:
+        value = self._values.get(mask)
+        return masked if value is None else mask.numel() if value else 0
 
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()

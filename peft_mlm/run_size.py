@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from peft_mlm.config import Arguments
+from peft_mlm.document_packing import cut_documents, pack
 from peft_mlm.errors import DataError
 from peft_mlm.text_files import find_files, read_text_files
 from peft_mlm.tokenization import special_token_frame, text_separator
@@ -125,10 +126,12 @@ def _rows(
         rows = int(count * (mean + special) // max_seq_length)
         per_row, longest_row = float(max_seq_length), max_seq_length
     elif kind == "packed":
-        pieces = float(np.ceil(lengths / capacity).mean()) * count if len(lengths) else 0.0
-        total = count * mean + pieces * special
-        rows = math.ceil(total / max_seq_length) if apart else round(pieces)
-        per_row, about = total / max(rows, 1), True
+        pieces = cut_documents(lengths, capacity)
+        per_text = 1 / max(1, len(lengths))
+        total = count * mean + len(pieces) * per_text * count * special
+        packed = len(pack(pieces + special, max_seq_length)[1]) if apart else len(pieces)
+        rows = math.ceil(count * packed * per_text)
+        per_row, about = total / max(rows, 1), about or apart
         longest_row = max_seq_length if apart else longest_row
     else:
         rows, per_row = count, float(np.minimum(lengths, capacity).mean()) + special if len(lengths) else 0.0

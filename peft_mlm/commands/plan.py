@@ -76,18 +76,18 @@ def read_gpu(text: str) -> tuple[str, int, bool]:
     Raises:
         ArgumentsError: It is neither.
     """
-    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:(g|m)(?:i?b)?)?\s*", text, re.IGNORECASE)
-    if size is not None and float(size[1]) > 0:
-        count = int(float(size[1]) * (2**20 if (size[2] or "g").lower() == "m" else GIB))
-        return f"a GPU with {text.strip()}", count, True
 
     def plain(name: str) -> str:
         return re.sub(r"nvidia|geforce|tesla|[\s_-]", "", name.lower())
 
-    names = {plain(name): name for name in GPUS} | {plain(n).removeprefix("rtx"): n for n in GPUS}
+    names = {plain(name): name for name in GPUS} | {plain(name).removeprefix("rtx"): name for name in GPUS}
     if plain(text) in names:
         name = names[plain(text)]
         return name, int(GPUS[name][0] * GIB), GPUS[name][1]
+    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:(g|m)(?:i?b)?)?\s*", text, re.IGNORECASE)
+    if size is not None and float(size[1]) > 0:
+        count = int(float(size[1]) * (2**20 if (size[2] or "g").lower() == "m" else GIB))
+        return f"a GPU with {text.strip()}", count, True
     raise ArgumentsError(
         f"--gpu is {text!r}: give the memory of the GPU, such as 12GB, or one of these names: {', '.join(GPUS)}."
     )
