@@ -8,6 +8,7 @@ and logits in it are those that are there at that moment.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,9 +41,13 @@ logger = logging.getLogger(__name__)
 
 # Tokens of the longest of the documents on which it is tried whether they can stand side by side.
 PROBED_LENGTH = 64
-# What is beside tensors. On a CPU: pages that glibc's heap leaves between blocks, buffers of the matrix kernels, lazily
-# loaded code and Trainer's own. On a GPU: blocks rounded up by PyTorch's allocator, cuBLAS's workspace (32 MiB).
-MARGIN = {"cpu": (0.07, 48 * 2**20), "cuda": (0.06, 64 * 2**20)}
+# What is beside tensors, as a share of all but the weights, and a fixed part. On a GPU: blocks that PyTorch's allocator
+# rounds up, cuBLAS's workspace. On a CPU: code and objects that loading and training bring, and the holes between the
+# blocks of glibc's heap, which gives freed memory back only where a user says so (MALLOC_MMAP_THRESHOLD_); where layers
+# run again in the backward pass, the holes are a share of what would be kept without. The shares were measured
+# (docs/planning.md).
+GPU_MARGIN = (0.06, 64 * 2**20)
+CPU_MARGIN, CPU_HOLES, CPU_HOLES_OF_CHECKPOINTING = (0.07, 80 * 2**20), 0.18, 0.62
 # What CUDA and the libraries' kernels take of a GPU outside of PyTorch's allocator: 300 to 600 MB, by card and driver.
 CUDA_CONTEXT = 512 * 2**20
 KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "margin")
@@ -272,8 +277,15 @@ def _predict(
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     parts = {**held, "gradients": 0, **phases[phase]}
     device = "cuda" if step.on_gpu else "cpu"
-    share, fixed = MARGIN[device]
-    parts["margin"] = int(share * (sum(parts.values()) - held["weights"])) + fixed
+    share, fixed = GPU_MARGIN if step.on_gpu else CPU_MARGIN
+    moving = sum(parts.values()) - held["weights"]
+    parts["margin"] = int(share * moving) + fixed
+    if not step.on_gpu and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        if phase == "training" and step.checkpointing:
+            kept = sum(training_bytes(model, door, batch, replace(step, checkpointing=False)).values())
+            parts["margin"] += int(CPU_HOLES_OF_CHECKPOINTING * kept)
+        else:
+            parts["margin"] += int(CPU_HOLES * moving)
     return Prediction(device, {kind: parts[kind] for kind in KINDS}, phase)
 
 
