@@ -158,6 +158,8 @@ def _index_by_mask(tensor: torch.Tensor, indices: Any, masked: int) -> torch.Ten
     at = 0
     for index in indices:
         if _is_mask(index):
+            if index.shape != tensor.shape[at : at + index.dim()]:
+                raise IndexError("The shape of the mask does not fit that of the tensor.")
             shape.append(masked)
             at += index.dim()
         elif index is None:
