@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft_mlm.commands.fill_mask import fill_mask
     from peft_mlm.commands.inspect_adapter import inspect
     from peft_mlm.commands.merge import merge
+    from peft_mlm.commands.plan import plan
     from peft_mlm.commands.playground import playground
     from peft_mlm.commands.push import push
     from peft_mlm.commands.report import report
@@ -39,6 +40,7 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "plan",
     "playground",
     "push",
     "report",
@@ -61,6 +63,7 @@ _MODULES = {
     "push": "peft_mlm.commands.push",
     "report": "peft_mlm.commands.report",
     "score": "peft_mlm.commands.score",
+    "plan": "peft_mlm.commands.plan",
     "inspect": "peft_mlm.commands.inspect_adapter",
     "verify": "peft_mlm.commands.verify",
     "load": "peft_mlm.adapter_set",

@@ -205,13 +205,16 @@ RANGES: dict[str, Range] = {
 STEPS = ("warmup_steps", "eval_steps", "logging_steps", "save_steps")
 
 
-def check_arguments(values: Mapping[str, Any], given: Collection[str], *, for_training: bool) -> list[str]:
+def check_arguments(
+    values: Mapping[str, Any], given: Collection[str], *, for_training: bool, planned: bool = False
+) -> list[str]:
     """Check the ranges of values and the rules between arguments.
 
     Args:
         values: All values by name, defaults included.
         given: Names that the user gave a value.
         for_training: Whether a model is to be trained; else what only training needs may be missing.
+        planned: Whether a training is only planned: text and output_dir may be missing.
 
     Returns:
         One sentence per fault.
@@ -219,11 +222,13 @@ def check_arguments(values: Mapping[str, Any], given: Collection[str], *, for_tr
     faults = _check_ranges(values)
     faults += _check_model(values, given, for_training)
     faults += _check_new_tokens(values, given)
-    faults += _check_data(values, given, for_training)
+    faults += _check_data(
+        values, {*given, "train_file"} if planned and "dataset_name" not in given else given, for_training
+    )
     faults += _check_not_supported(values)
     faults += _check_evaluation(values)
     if for_training:
-        faults += _check_training(values, given)
+        faults += _check_training(values, {*given, "output_dir"} if planned else given)
     return faults
 
 

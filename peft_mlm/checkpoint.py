@@ -7,11 +7,14 @@ weights under other names are found, and those that the checkpoint does not hold
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -20,7 +23,7 @@ from transformers.utils.hub import extract_commit_hash
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
-from peft_mlm.head_mapping import Renaming, describe_unused, open_checkpoint, rename_checkpoint
+from peft_mlm.head_mapping import Checkpoint, Renaming, describe_unused, open_checkpoint, rename_checkpoint
 from peft_mlm.heads import encoder_parameters
 from peft_mlm.model_checks import check_attention, check_config, check_dtype, check_path
 from peft_mlm.model_types import MODEL_TYPES
@@ -291,6 +294,68 @@ def load_outline(arguments: ModelArguments) -> PreTrainedModel | None:
     with loading_of("model", name), torch.device("meta"):
         model: PreTrainedModel = AutoModelForMaskedLM.from_config(config)
     return model
+
+
+def outline_weights(
+    name: str, config: PreTrainedConfig, arguments: ModelArguments
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Build the masked LM of a checkpoint on the meta device, and find what of its head the checkpoint does not hold.
+
+    The headers of its files tell; on the hub they are read without the values behind them.
+
+    Args:
+        name: Hub name or folder.
+        config: From `prepare_config`; that of a quantised checkpoint is built as a float model.
+        arguments: Dtype, attention, revision, token.
+
+    Returns:
+        The model; names of the head parameters that start fresh, none where no header can be read.
+
+    Raises:
+        ModelError: It is no masked LM.
+    """
+    config = copy.deepcopy(config)
+    quantised = config.__dict__.pop("quantization_config", None) is not None
+    dtype = config.dtype or torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    options = {"dtype": dtype, **attention_option(arguments)}
+    with loading_of("model", name), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForMaskedLM.from_config(
+            config, trust_remote_code=arguments.trust_remote_code, **options
+        )
+    checkpoint = None if quantised else _headers(name, arguments)
+    if checkpoint is None:
+        return model, ()
+    with loading_of("model", name):
+        _, loading = type(model).from_pretrained(
+            None,
+            config=copy.deepcopy(config),
+            state_dict={key: torch.empty(shape, device="meta") for key, shape in checkpoint.shapes.items()},
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    found = set(rename_checkpoint(model, loading["missing_keys"], checkpoint).names.values())
+    # Under another name of a tied parameter it was found as well.
+    every = dict(model.named_parameters(remove_duplicate=False))
+    filled = {id(every[key]) for key in found if key in every}
+    missing = [key for key in loading["missing_keys"] if key in every and id(every[key]) not in filled]
+    return model, tuple(_split_missing(model, missing)[1])
+
+
+def _headers(name: str, arguments: ModelArguments) -> Checkpoint | None:
+    """Read names and shapes of a checkpoint's tensors; None where it has no safetensors within reach."""
+    options = hub_options(arguments, arguments.model_revision)
+    del options["trust_remote_code"]
+    checkpoint = open_checkpoint(name, **options)
+    if checkpoint.shapes or Path(name).expanduser().is_dir():
+        return checkpoint if checkpoint.shapes else None
+    try:
+        read = HfApi(token=arguments.token).get_safetensors_metadata(name, revision=arguments.model_revision)
+    except (OSError, NotASafetensorsRepoError, SafetensorsParsingError, HfHubHTTPError):
+        return None
+    shapes = {key: tuple(one.shape) for file in read.files_metadata.values() for key, one in file.tensors.items()}
+    return Checkpoint(shapes, lambda key: torch.zeros(()))
 
 
 def _list(names: list[str]) -> str:

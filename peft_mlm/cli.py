@@ -19,6 +19,7 @@ from peft_mlm.processor import tune_processor
 # command: (module below peft_mlm.commands, what it does)
 COMMANDS = {
     "train": ("train", "train an adapter (or the whole model) on your text"),
+    "plan": ("plan", "tell what a training takes of memory, whether it fits, and how long it is, before it starts"),
     "evaluate": ("evaluate", "measure loss, perplexity and masked accuracy of a base, an adapter or a merged model"),
     "score": ("score", "score texts by pseudo-likelihood, and mutations of a protein"),
     "fill-mask": ("fill_mask", "predict the masked tokens of a text"),

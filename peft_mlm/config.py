@@ -79,6 +79,7 @@ def read_arguments(
     values: Mapping[str, Any] | None = None,
     *,
     for_training: bool = True,
+    planned: bool = False,
 ) -> Arguments:
     """Read arguments from a file, from the words of a command line, from a dict, or from several of these.
 
@@ -87,6 +88,7 @@ def read_arguments(
         flags: Words of a command line, such as `["--lora_r", "16"]`; they override the file.
         values: Arguments by name with values of any kind (text, numbers, lists, paths); they override both.
         for_training: Whether a model is to be trained; else model, output_dir and training text may be missing.
+        planned: Whether the training is only planned: output_dir and text may be missing then.
 
     Returns:
         The four groups, every value of its declared type.
@@ -105,7 +107,7 @@ def read_arguments(
     if not readable:
         # Rules would complain of everything that the file may have said.
         raise ArgumentsError(found.faults)
-    return _resolve(found, for_training=for_training)
+    return _resolve(found, for_training=for_training, planned=planned)
 
 
 def _sources(
@@ -244,7 +246,7 @@ def _convert(argument: Field, value: Any) -> Any:
     return convert(value, argument.type)
 
 
-def _resolve(found: _Findings, *, for_training: bool) -> Arguments:
+def _resolve(found: _Findings, *, for_training: bool, planned: bool = False) -> Arguments:
     """Fill in defaults, check the rules, and build the groups."""
     fields = argument_fields()
     known = [item for item in fields.values() if item.default not in (MISSING, None) and item.name not in NOT_RECORDED]
@@ -275,7 +277,7 @@ def _resolve(found: _Findings, *, for_training: bool) -> Arguments:
         settled, rules = settle_method(values, given)
         values |= settled
         sources |= {name: found.sources.get("peft_config", "default") for name in settled if name not in given}
-    rules += check_arguments(values, given, for_training=for_training)
+    rules += check_arguments(values, given, for_training=for_training, planned=planned)
     rules += check_quantization(values, given, for_training=for_training)
     # A rule that speaks of an argument already at fault says nothing new.
     faults = found.faults + [text for text in rules if not set(re.findall(r"\w+", text)) & found.broken]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -26,11 +27,13 @@ from peft_mlm.checkpoint import (
     load_config,
     load_weights,
     loading_of,
+    outline_weights,
     prepare_config,
 )
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ModelError
 from peft_mlm.fingerprint import base_fingerprint
+from peft_mlm.live_memory import LiveBytes
 from peft_mlm.model_checks import notices_of
 from peft_mlm.token_lists import read_token_list
 from peft_mlm.tokenizer import add_tokens
@@ -108,6 +111,36 @@ def load_base(arguments: ModelArguments, *, may_grow: bool = True) -> Base:
     )
     base = _with_own_decoder(_with_new_tokens(base, arguments, may_grow=may_grow), arguments)
     return replace(base, quantisation=describe_quantisation(base.model))
+
+
+def outline_base(arguments: ModelArguments) -> Base:
+    """Build what `load_base` gives without reading weights: its parameters are on the meta device.
+
+    Args:
+        arguments: As for `load_base`; a quantised base is built in `dtype`.
+
+    Returns:
+        The model's outline with its tokenizer. Of the weights only names and shapes are looked at.
+
+    Raises:
+        ModelError: There is no such model or tokenizer, or it cannot serve.
+    """
+    if arguments.model_name_or_path is None:
+        with torch.device("meta"):
+            return _build_from_scratch(arguments)
+    name = arguments.model_name_or_path
+    config = prepare_config(load_config(name, arguments), name, arguments)
+    tokenizer = load_tokenizer(arguments)
+    model, fresh = outline_weights(name, config, arguments)
+    base = Base(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        name_or_path=name,
+        fresh_parameters=fresh,
+        tokenizer_changed=arguments.tokenizer_name not in (None, name),
+    )
+    with torch.device("meta"), LiveBytes(masked=0):
+        return _with_own_decoder(_with_new_tokens(base, arguments, may_grow=True), arguments)
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:

@@ -13,6 +13,7 @@ from peft_mlm.cli import COMMANDS
 
 ARGUMENTS = {
     "train": tuple(argument_fields()),
+    "plan": ("gpu", "device", *argument_fields()),
     "evaluate": tuple(name for name, field in argument_fields().items() if field.group in ("data", "training")),
     "fill-mask": ("top_k", "base", "use_base", "with_base", "targets", "only", "file", "text_column"),
     "playground": ("base", "any_base", "host", "port", "open"),

@@ -26,6 +26,7 @@ OTHER_FLAGS = {
     "only",
     "file",
     "with_base",
+    "gpu",
     "adapter",
     "format",
     "pooling",

@@ -15,6 +15,7 @@ from peft_mlm.config import Arguments, describe_help, read_arguments, write_argu
 from peft_mlm.console import bytes_text, is_first_process, print_table
 from peft_mlm.errors import HubError, PeftMlmError
 from peft_mlm.hub import Destination, destination_of, open_repository, plan_upload, upload
+from peft_mlm.memory_watch import forget_peak, peak_bytes, resident_bytes
 from peft_mlm.model_checks import check_before_loading, check_training
 from peft_mlm.out_of_memory import memory_told
 from peft_mlm.reporting import asked_reporters, check_reporters
@@ -65,7 +66,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains with."""
+    """What a run trains with; `held` is what the process took before the base was loaded, in bytes."""
 
     arguments: Arguments
     run: RunFolder
@@ -74,6 +75,7 @@ class Prepared:
     plan: Plan | None
     corpus: Corpus
     trainer: MaskedLMTrainer
+    held: int | None = None
 
 
 def train(config: Mapping[str, Any] | str | Path, *, flags: Sequence[str] = ()) -> TrainResult:
@@ -186,6 +188,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     from peft_mlm.model import load_base
     from peft_mlm.precision import settle_types
     from peft_mlm.rank_schedule import planned_steps
+    from peft_mlm.trainer import MaskedLMTrainer  # noqa: F401 - its libraries are loaded before memory is measured
     from peft_mlm.training_arguments import build_training_arguments, computes_in_half
 
     arguments = settle_types(arguments)
@@ -200,6 +203,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
             arguments.data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=splits
         )
         set_seed(training.seed)
+        held = resident_bytes()
         base = load_base(with_adapter_tokenizer(arguments.model, adapter))
         check_training(base.model.config.model_type, **asked)
         corpus = build_corpus(text, arguments.data, base.model, base.tokenizer)
@@ -219,7 +223,7 @@ def prepare(arguments: Arguments, run: RunFolder, checkpoint: Path | None = None
     )
     _tell((*base.notices, *corpus.notices, *adapted.notices))
     trainer = _build_trainer(arguments, run, base, adapted, corpus, collators, training)
-    return Prepared(arguments, run, base, adapted.model, adapted.plan, corpus, trainer)
+    return Prepared(arguments, run, base, adapted.model, adapted.plan, corpus, trainer, held)
 
 
 def run(words: Sequence[str]) -> dict[str, Any]:
@@ -358,19 +362,23 @@ def _peft_type(model: Any) -> str:
 
 
 def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str, Any]:
-    trainer, validation = prepared.trainer, prepared.corpus.rows.get("validation")
+    from peft_mlm.memory import describe_run_memory
 
+    trainer, validation = prepared.trainer, prepared.corpus.rows.get("validation")
     before = None
     if validation is not None:
         trainer.live_table.base = trainer.measure(validation, label="base model")
         before = trainer.live_table.base.describe()
         _tell([f"base model: perplexity {before['perplexity']:.3f}, masked accuracy {before['accuracy']:.4f}"])
+    known = forget_peak(trainer.args.device)
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    measured = peak_bytes(trainer.args.device, prepared.held) if known else None
     return {
         "base": before,
         "adapted": None if validation is None else trainer.measure_trained(label="adapted model").describe(),
         "steps": done.global_step,
         "epochs": round(float(trainer.state.epoch or 0), 4),
+        "memory": describe_run_memory(trainer, prepared.arguments, measured),
         "train_seconds": round(done.metrics["train_runtime"], 1),
         "best_checkpoint_step": trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
     }
