@@ -63,6 +63,14 @@ def ready_to_measure(
     def measure() -> MaskedScores:
         # In 16 bits figures depend on how rows are padded and in which order a layer sums: both as in training.
         with fused_lora(model):
-            return scores_of(model, corpus.rows["validation"], masking, training, label=label, door=door)
+            return scores_of(
+                model,
+                corpus.rows["validation"],
+                masking,
+                training,
+                label=label,
+                door=door,
+                draws=arguments.data.eval_mask_draws,
+            )
 
     return corpus, measure

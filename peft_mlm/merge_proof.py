@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_mlm.adapter import cast_with_adapter
 from peft_mlm.collator import IGNORE_INDEX
 from peft_mlm.errors import MergeError
-from peft_mlm.metrics import MaskedScores
+from peft_mlm.metrics import MaskedScores, scores_of_batch
 from peft_mlm.positions import position_limit
 
 PROBE_ROWS, PROBE_LENGTH = 16, 64
@@ -189,7 +189,7 @@ def compare_text(one: TextSeen, other: TextSeen) -> dict[str, Any]:
 
     Returns:
         `max_abs_logit_diff` over `logits_of_positions` places, `max_abs_logit`, `top1_agreement` over `positions`
-        places, and of each model `loss`, `perplexity`, `accuracy`, `masked_tokens`.
+        places, and of each model the figures of `MaskedScores.describe`.
     """
     return {
         "max_abs_logit_diff": float((one.logits - other.logits).abs().max()),
@@ -227,7 +227,7 @@ def _observe_text(model: Any, batches: Sequence[Batch]) -> TextSeen | None:
         return None
     kept: list[torch.Tensor] = []
     best: list[torch.Tensor] = []
-    loss, hits, masked, room = 0.0, 0, 0, KEPT_LOGITS
+    sums, room = [np.zeros((0, 4))], KEPT_LOGITS
     for batch in batches:
         ids, attention = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         logits = model(input_ids=ids, attention_mask=attention).logits.float().cpu()
@@ -237,7 +237,5 @@ def _observe_text(model: Any, batches: Sequence[Batch]) -> TextSeen | None:
         if places:
             kept.append(logits[real][:places].clone())
             room -= kept[-1].numel()
-        at, targets = logits[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
-        loss += float(functional.cross_entropy(at, targets, reduction="none").double().sum())
-        hits, masked = hits + int((at.argmax(-1) == targets).sum()), masked + len(targets)
-    return TextSeen(torch.cat(kept), torch.cat(best), MaskedScores(loss, hits, masked))
+        sums.append(scores_of_batch(logits[labels != IGNORE_INDEX], batch).sums)
+    return TextSeen(torch.cat(kept), torch.cat(best), MaskedScores(np.concatenate(sums)))

@@ -12,7 +12,7 @@ from peft_mlm.argument_fields import argument_fields
 from peft_mlm.argument_types import convert, parse_type
 from peft_mlm.arguments import ModelArguments
 from peft_mlm.config import Arguments, describe_help, read_arguments
-from peft_mlm.console import CommandParser, print_table
+from peft_mlm.console import CommandParser, print_table, with_error
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.model_checks import check_path
 from peft_mlm.out_of_memory import memory_told
@@ -43,8 +43,8 @@ def evaluate(
         use_base: Evaluate the base, without adapter or training.
 
     Returns:
-        `model`, `part` ("adapted", "base" or "model"), `loss`, `perplexity`, `accuracy`, `masked_tokens`, `rows`, and
-        `data` (facts about the text).
+        `model`, `part` ("adapted", "base" or "model"), `loss`, `loss_standard_error`, `perplexity`, `accuracy`,
+        `accuracy_standard_error`, `top5_accuracy`, `masked_tokens`, `rows`, and `data` (facts about the text).
 
     Raises:
         ArgumentsError: Arguments are wrong, or name no text.
@@ -112,8 +112,15 @@ def run(words: Sequence[str]) -> dict[str, Any]:
 
 def show(record: dict[str, Any]) -> None:
     """Print the result for people."""
-    row = [record["part"], record["loss"], record["perplexity"], record["accuracy"], record["masked_tokens"]]
-    header = ["", "loss", "perplexity", "masked accuracy", "masked tokens"]
+    row = [
+        record["part"],
+        with_error(record["loss"], record["loss_standard_error"]),
+        record["perplexity"],
+        with_error(record["accuracy"], record["accuracy_standard_error"]),
+        record["top5_accuracy"],
+        record["masked_tokens"],
+    ]
+    header = ["", "loss", "perplexity", "masked accuracy", "among the best 5", "masked tokens"]
     print_table(record["model"], header, [row], stream=sys.stdout)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_mlm.config import Arguments, describe_help, read_arguments, write_arguments, write_sources
-from peft_mlm.console import bytes_text, is_first_process, print_table
+from peft_mlm.console import bytes_text, interval_text, is_first_process, print_table, with_error
 from peft_mlm.errors import HubError, PeftMlmError
 from peft_mlm.hub import Destination, destination_of, open_repository, plan_upload, upload
 from peft_mlm.model_checks import check_before_loading, check_training
@@ -230,11 +230,7 @@ def run(words: Sequence[str]) -> dict[str, Any]:
 def show(record: dict[str, Any]) -> None:
     """Print the result for people."""
     if record["adapted"] is not None:
-        rows = [
-            [name, scores["perplexity"], scores["accuracy"], scores["masked_tokens"]]
-            for name, scores in (("base", record["base"]), ("adapted", record["adapted"]))
-        ]
-        print_table("held-out text", ["", "perplexity", "masked accuracy", "masked tokens"], rows, stream=sys.stdout)
+        _show_figures(record)
     share = record["trainable_parameters"] / record["total_parameters"]
     facts = [
         *_quantisation_rows(record["quantisation"]),
@@ -243,6 +239,26 @@ def show(record: dict[str, Any]) -> None:
         ["steps, seconds", f"{record['steps']:,}, {record['seconds']:,}"],
     ]
     print_table(f"run {record['run_folder']}", None, facts, stream=sys.stdout)
+
+
+def _show_figures(record: Mapping[str, Any]) -> None:
+    rows = [
+        [
+            name,
+            with_error(scores["loss"], scores["loss_standard_error"]),
+            scores["perplexity"],
+            with_error(scores["accuracy"], scores["accuracy_standard_error"]),
+            scores["masked_tokens"],
+        ]
+        for name, scores in (("base", record["base"]), ("adapted", record["adapted"]))
+    ]
+    header = ["", "loss", "perplexity", "masked accuracy", "masked tokens"]
+    print_table("held-out text", header, rows, stream=sys.stdout)
+    told = [
+        [f"change of {name}", interval_text(change["difference"], change["low"], change["high"], change["level"])]
+        for name, change in record["change"].items()
+    ]
+    print_table("", None, told, stream=sys.stdout)
 
 
 def help_text() -> str:
@@ -308,6 +324,7 @@ def _build_trainer(
         ),
         run=run,
         max_tokens=data.max_tokens_per_batch,
+        eval_mask_draws=data.eval_mask_draws,
         early_stopping=None if patience is None else (patience, data.early_stopping_threshold),
         loraplus_lr_ratio=None if peft is None else peft.loraplus_lr_ratio,
         use_lorafa=peft is not None and peft.use_lorafa,
@@ -345,6 +362,7 @@ def _describe_run(prepared: Prepared) -> dict[str, Any]:
         "quantisation": prepared.base.quantisation,
         "base": None,
         "adapted": None,
+        "change": None,
     }
 
 
@@ -354,16 +372,20 @@ def _peft_type(model: Any) -> str:
 
 
 def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str, Any]:
-    trainer, validation = prepared.trainer, prepared.corpus.rows.get("validation")
+    from peft_mlm.metrics import describe_change
 
-    before = None
+    trainer, validation = prepared.trainer, prepared.corpus.rows.get("validation")
+    before = after = None
     if validation is not None:
-        before = trainer.measure(validation, label="base model").describe()
-        _tell([f"base model: perplexity {before['perplexity']:.3f}, masked accuracy {before['accuracy']:.4f}"])
+        before = trainer.measure_base(label="base model")
+        _tell([f"base model: perplexity {before.perplexity:.3f}, masked accuracy {before.accuracy:.4f}"])
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if before is not None:
+        after = trainer.measure_trained(label="adapted model")
     return {
-        "base": before,
-        "adapted": None if validation is None else trainer.measure_trained(label="adapted model").describe(),
+        "base": None if before is None else before.describe(),
+        "adapted": None if after is None else after.describe(),
+        "change": None if before is None or after is None else describe_change(before, after),
         "steps": done.global_step,
         "epochs": round(float(trainer.state.epoch or 0), 4),
         "train_seconds": round(done.metrics["train_runtime"], 1),
