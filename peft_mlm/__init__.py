@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft_mlm.adapter_set import load
     from peft_mlm.commands.combine import combine
+    from peft_mlm.commands.compare import compare
     from peft_mlm.commands.convert import convert
     from peft_mlm.commands.evaluate import evaluate
     from peft_mlm.commands.export import export
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "combine",
+    "compare",
     "convert",
     "evaluate",
     "export",
@@ -42,6 +44,7 @@ __all__ = [
 _MODULES = {
     "train": "peft_mlm.commands.train",
     "combine": "peft_mlm.commands.combine",
+    "compare": "peft_mlm.commands.compare",
     "convert": "peft_mlm.commands.convert",
     "evaluate": "peft_mlm.commands.evaluate",
     "extract": "peft_mlm.commands.extract",

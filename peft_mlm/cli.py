@@ -20,6 +20,7 @@ from peft_mlm.processor import tune_processor
 COMMANDS = {
     "train": ("train", "train an adapter (or the whole model) on your text"),
     "evaluate": ("evaluate", "measure loss, perplexity and masked accuracy of a base, an adapter or a merged model"),
+    "compare": ("compare", "compare models on the same masked tokens, with intervals, data set by data set"),
     "fill-mask": ("fill_mask", "predict the masked tokens of a text"),
     "merge": ("merge", "merge an adapter into its base and prove that nothing changed"),
     "combine": ("combine", "combine several adapters into one, and search for their weights"),

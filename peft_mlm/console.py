@@ -189,7 +189,7 @@ def with_error(value: float | None, error: float | None) -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def interval_text(value: float | None, low: float | None, high: float | None, level: float) -> str:
+def interval_text(difference: float | None, low: float | None, high: float | None, level: float) -> str:
     """Show a difference with its interval.
 
     Example:
@@ -197,7 +197,7 @@ def interval_text(value: float | None, low: float | None, high: float | None, le
         '-0.123 (95 %: -0.150 to -0.099)'
 
     Args:
-        value: The difference; None or no finite number where there is none.
+        difference: None or no finite number where there is none.
         low: Lower end, likewise.
         high: Upper end, likewise.
         level: Share of such intervals that hold the true value.
@@ -205,13 +205,13 @@ def interval_text(value: float | None, low: float | None, high: float | None, le
     Returns:
         All to the same decimals: two digits of the interval's half width.
     """
-    if value is None or not math.isfinite(value):
+    if difference is None or not math.isfinite(difference):
         return "-"
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
-        return f"{value:+.4g}"
+        return f"{difference:+.4g}"
     half = (high - low) / 2
     digits = 1 - math.floor(math.log10(half)) if half > 0 else 4
-    shown = [f"{one:+.{min(max(digits, 0), 12)}f}" for one in (value, low, high)]
+    shown = [f"{one:+.{min(max(digits, 0), 12)}f}" for one in (difference, low, high)]
     return f"{shown[0]} ({100 * level:.4g} %: {shown[1]} to {shown[2]})"
 
 

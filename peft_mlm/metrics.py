@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from torch import nn
 
-from peft_mlm.cluster_statistics import LEVEL, bootstrap_ratios, ratio_standard_error
+from peft_mlm.cluster_statistics import LEVEL, REPLICATES, SEED, bootstrap_ratios, ratio_standard_error
 from peft_mlm.collator import DOCUMENT_IDS, IGNORE_INDEX
 from peft_mlm.cross_entropy import cross_entropies, losses_and_hits
 from peft_mlm.gathered_head import Door, gather_over_masked, sum_over_masked
@@ -248,19 +248,28 @@ def scores_of_batch(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> 
     return MaskedScores(tokens.sums(units))
 
 
-def describe_change(before: MaskedScores, after: MaskedScores, *, level: float = LEVEL) -> dict[str, dict[str, float]]:
+def describe_change(
+    before: MaskedScores,
+    after: MaskedScores,
+    *,
+    replicates: int = REPLICATES,
+    level: float = LEVEL,
+    seed: int = SEED,
+) -> dict[str, dict[str, float]]:
     """Describe how figures changed on the same masked tokens, with bootstrap intervals over clusters.
 
     Args:
         before: Of one model.
         after: Of another, on the same rows and masks.
+        replicates: How often clusters are drawn. Default 2000.
         level: Share of such intervals that hold the true value. Default 0.95.
+        seed: Of the draws. Default 0.
 
     Returns:
         For `loss` and `accuracy` the paired `difference` (after - before), `low`, `high` and `level`.
     """
     differences = (after.sums - before.sums)[:, :2]
-    loss, accuracy = bootstrap_ratios(differences, before.counts, level=level)
+    loss, accuracy = bootstrap_ratios(differences, before.counts, replicates=replicates, level=level, seed=seed)
     return {
         name: {"difference": one.value, "low": one.low, "high": one.high, "level": level}
         for name, one in (("loss", loss), ("accuracy", accuracy))

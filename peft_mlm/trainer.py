@@ -126,8 +126,6 @@ class MaskedLMTrainer(Trainer):
 
     Args:
         eval_collator: Makes evaluation batches, with fixed masks.
-        eval_mask_draws: How often the text is masked where base and trained model are measured; the evaluations of a
-            running training are on the first masks alone. Default 1.
         save: Writes the model (or its adapter) into a folder.
         run: The run folder whose metrics.jsonl gets every log.
         early_stopping: Patience in evaluations and threshold, or None.
@@ -135,6 +133,8 @@ class MaskedLMTrainer(Trainer):
         use_lorafa: Whether to train by LoRA-FA's optimiser.
         initial: (A0, B0) by layer, where their product was taken out of the base; `save` must have the same.
         max_tokens: Tokens per training batch at most, in place of a number of rows.
+        eval_mask_draws: How often the text is masked where base and trained model are measured; the evaluations of a
+            running training are on the first masks alone. Default 1.
         **options: Trainer's own arguments; `data_collator` makes the training batches.
 
     Raises:

@@ -14,6 +14,7 @@ from peft_mlm.cli import COMMANDS
 ARGUMENTS = {
     "train": tuple(argument_fields()),
     "evaluate": tuple(name for name, field in argument_fields().items() if field.group in ("data", "training")),
+    "compare": ("eval_file", "bootstrap", "level", "top_tokens", "output_file", "base", "eval_mask_draws"),
     "fill-mask": ("top_k", "base", "use_base"),
     "merge": ("output_dir", "base", "dtype"),
     "combine": ("output_dir", "weights", "method", "rank", "density", "seed", "trained_modules", "base", "search"),

@@ -8,19 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft_mlm.argument_fields import argument_fields
 from peft_mlm.argument_types import convert, parse_type
-from peft_mlm.arguments import ModelArguments
-from peft_mlm.config import Arguments, describe_help, read_arguments
+from peft_mlm.config import describe_help, read_arguments
 from peft_mlm.console import CommandParser, print_table, with_error
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.model_checks import check_path
 from peft_mlm.out_of_memory import memory_told
 from peft_mlm.quantization_rules import QUANTISATION
 from peft_mlm.run_folder import RunFolder, is_run_folder
-
-# Flags of the model group that say how to load, not what.
-HOW_TO_LOAD = ("model_revision", "token", "cache_dir", "trust_remote_code", "dtype", *QUANTISATION)
 
 
 def evaluate(
@@ -61,7 +56,7 @@ def evaluate(
         find_files(read_arguments(config, flags, for_training=False).data.validation_file or ())
 
     from peft_mlm.data import load_text
-    from peft_mlm.evaluation import evaluation_arguments, ready_to_measure
+    from peft_mlm.evaluation import evaluation_arguments, how_to_load, ready_to_measure
     from peft_mlm.loading import load_target, resolve_target, with_quantisation
 
     target = resolve_target(name_or_path, base=base, part="base" if use_base else "adapted")
@@ -73,7 +68,7 @@ def evaluate(
     quantisation = {name: getattr(arguments.model, name) for name in QUANTISATION}
     asked = any(arguments.sources[name] == "flag" for name in QUANTISATION)
     target = with_quantisation(target, quantisation if asked else {})
-    target = replace(target, base=_how_to_load(target.base, arguments))
+    target = replace(target, base=how_to_load(target.base, arguments, command="evaluate"))
     training, data = evaluation_arguments(arguments), arguments.data
     text = load_text(data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=("validation",))
     loaded = load_target(target, any_base=any_base)
@@ -87,16 +82,6 @@ def evaluate(
         "rows": len(corpus.rows["validation"]),
         "data": corpus.facts["validation"],
     }
-
-
-def _how_to_load(base: ModelArguments, arguments: Arguments) -> ModelArguments:
-    """Take over what flags say about loading; refuse flags that would have no effect here."""
-    flags = [name for name, source in arguments.sources.items() if source == "flag"]
-    idle = [name for name in flags if argument_fields()[name].group in ("model", "peft") and name not in HOW_TO_LOAD]
-    if idle:
-        raise ArgumentsError(f"--{', --'.join(idle)}: evaluate takes model and adapter by its first word, and --base.")
-    given = {name: getattr(arguments.model, name) for name in HOW_TO_LOAD if name in flags}
-    return replace(base, **{"dtype": arguments.model.dtype, **given})
 
 
 def run(words: Sequence[str]) -> dict[str, Any]:
