@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_mlm.comparison_tables import comparison_tables, csv_text, markdown_text
+from peft_mlm.comparison_words import SUFFIXES, Named, named_files, read_name
 from peft_mlm.config import Arguments, describe_help, read_arguments
 from peft_mlm.console import CommandParser, print_table
 from peft_mlm.errors import AdapterError, ArgumentsError, DataError, ModelError, RunFolderError
@@ -25,17 +26,7 @@ if TYPE_CHECKING:
     from peft_mlm.data import TextData
     from peft_mlm.loading import Target
 
-SUFFIXES = {"base": "part", "4bit": "load_in_4bit", "8bit": "load_in_8bit"}
 FORMATS = (".json", ".csv", ".md")
-
-
-@dataclass(frozen=True)
-class Named:
-    """A model as it was named: its name or path, and what stands after colons."""
-
-    word: str
-    path: str
-    suffixes: tuple[str, ...]
 
 
 @dataclass
@@ -104,7 +95,7 @@ def compare(
     """
     names = _with_base([models] if isinstance(models, str) else list(models))
     _check_numbers(bootstrap=bootstrap, level=level, top_tokens=top_tokens, least_count=least_count)
-    files = _named_files(eval_files)
+    files = named_files(eval_files)
     for name in names:
         check_path(name.path)
     _find_files(files)
@@ -187,7 +178,7 @@ def help_text() -> str:
 
 def _with_base(words: list[str]) -> list[Named]:
     """Read the words that name models; one run or adapter alone is compared with its base."""
-    names = [_read_name(word) for word in words]
+    names = [read_name(word) for word in words]
     if not names:
         raise ArgumentsError(
             "Give the models to compare first: two or more, or one run or adapter. The first one is the reference."
@@ -203,19 +194,6 @@ def _with_base(words: list[str]) -> list[Named]:
             "compared with its base.)"
         )
     return [Named(f"{only.path}:base", only.path, ("base",)), only]
-
-
-def _read_name(word: str) -> Named:
-    path, suffixes = word, []
-    while not Path(path).expanduser().exists():
-        front, colon, suffix = path.rpartition(":")
-        if not colon or suffix not in SUFFIXES or not front:
-            break
-        path = front
-        suffixes.append(suffix)
-    if ":" in path and not Path(path).expanduser().exists():
-        raise ArgumentsError(f"{word}: after a colon may stand {', '.join(SUFFIXES)}. There is no folder {path}.")
-    return Named(word, path, tuple(suffixes))
 
 
 def _is_adapter(name_or_path: str) -> bool:
@@ -240,26 +218,6 @@ def _check_numbers(*, bootstrap: int, level: float, top_tokens: int, least_count
         faults.append(f"least_count is {least_count}: give 1 or more.")
     if faults:
         raise ArgumentsError(faults)
-
-
-def _named_files(given: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
-    """Give the files of each data set by its name; a file without one has that of the file."""
-    if isinstance(given, Mapping):
-        return dict(given)
-    named: dict[str, str] = {}
-    for word in [given] if isinstance(given, str) else given:
-        name, equals, files = word.partition("=")
-        if not equals or not name or "/" in name or Path(word).exists():
-            name, files = Path(word.partition(",")[0]).stem, word
-        if not files:
-            raise ArgumentsError(f"--eval_file {word!r} names no file: give NAME=FILE, or FILE.")
-        if name in named:
-            raise ArgumentsError(
-                f"--eval_file: two data sets would be named {name!r}: give each a name of its own (NAME=FILE), or "
-                "several files of one data set separated by commas."
-            )
-        named[name] = files
-    return named
 
 
 def _find_files(files: Mapping[str, str]) -> None:
