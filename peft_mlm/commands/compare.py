@@ -101,34 +101,22 @@ def compare(
     _find_files(files)
 
     from peft_mlm.comparing import Resampling
-    from peft_mlm.evaluation import evaluation_arguments, how_to_load
-    from peft_mlm.loading import load_target, resolve_target, with_quantisation
+    from peft_mlm.loading import load_target
 
-    targets = []
-    for name in names:
-        part: Any = "base" if "base" in name.suffixes else "adapted"
-        takes_base = part == "base" or _is_adapter(name.path)
-        targets.append(resolve_target(name.path, base=base if takes_base else None, part=part))
+    targets = [_resolve(name, base) for name in names]
     sets = _data_sets(files, _config_of(targets, config), flags)
-    arguments = sets[0].arguments
-    targets = [with_quantisation(target, _bits(name, arguments)) for name, target in zip(names, targets, strict=True)]
-    training = evaluation_arguments(arguments)
-    if training.world_size > 1:
-        raise ArgumentsError("compare runs in one process: start it without torchrun or accelerate launch.")
+    targets = [_to_load(name, target, sets[0].arguments) for name, target in zip(names, targets, strict=True)]
     resampling = Resampling(bootstrap, level, bootstrap_seed)
     tokenizer = None
     for name, target in zip(names, targets, strict=True):
-        loaded = load_target(
-            replace(target, base=how_to_load(target.base, arguments, command="compare")), any_base=any_base
-        )
+        loaded = load_target(target, any_base=any_base)
         if tokenizer is None:
             tokenizer = loaded.tokenizer
         else:
             _check_tokenizer(names[0].word, tokenizer, name.word, loaded.tokenizer)
+        record = {"model": name.word, "part": _part(name, target), "bits": _stored_bits(loaded)}
         for one in sets:
-            record = {"model": name.word, "part": _part(name, target), "bits": _stored_bits(loaded)}
-            with memory_told(one.arguments, training=False):
-                _measure_on(one, loaded, training, record, resampling, top_tokens, least_count)
+            _measure_on(one, loaded, record, resampling, top_tokens, least_count)
         del loaded
         gc.collect()  # one model in memory at a time
     return {
@@ -196,9 +184,33 @@ def _with_base(words: list[str]) -> list[Named]:
     return [Named(f"{only.path}:base", only.path, ("base",)), only]
 
 
+def _resolve(name: Named, base: str | None) -> Target:
+    """Find out what a word names; another base is for what has a base."""
+    from peft_mlm.loading import resolve_target
+
+    part: Any = "base" if "base" in name.suffixes else "adapted"
+    takes_base = part == "base" or (base is not None and _is_adapter(name.path))
+    return resolve_target(name.path, base=base if takes_base else None, part=part)
+
+
+def _to_load(name: Named, target: Target, arguments: Arguments) -> Target:
+    """Say how a model is loaded: as flags say, and in the bits that its suffix asks for."""
+    from peft_mlm.evaluation import how_to_load
+    from peft_mlm.loading import with_quantisation
+
+    target = replace(target, base=how_to_load(target.base, arguments, command="compare"))
+    asked = {SUFFIXES[suffix]: True for suffix in name.suffixes if suffix != "base"}
+    wanted = {option: getattr(arguments.model, option) for option in QUANTISATION}
+    wanted |= {"load_in_4bit": False, "load_in_8bit": False, **asked}
+    return with_quantisation(target, wanted if asked else {})
+
+
 def _is_adapter(name_or_path: str) -> bool:
     from peft_mlm.loading import find_adapter
 
+    path = Path(name_or_path).expanduser()
+    if is_run_folder(path):
+        return RunFolder(path).adapter.is_dir()
     try:
         find_adapter(name_or_path)
     except AdapterError:
@@ -255,15 +267,6 @@ def _data_sets(files: Mapping[str, str], config: str | Path | None, flags: Seque
     return sets
 
 
-def _bits(name: Named, arguments: Arguments) -> dict[str, Any]:
-    """Give the arguments of quantisation that a suffix asks for."""
-    asked = {SUFFIXES[suffix]: True for suffix in name.suffixes if suffix != "base"}
-    if not asked:
-        return {}
-    options = {option: getattr(arguments.model, option) for option in QUANTISATION if not option.startswith("load_in_")}
-    return {"load_in_4bit": False, "load_in_8bit": False, **options, **asked}
-
-
 def _stored_bits(loaded: Any) -> int | None:
     quantisation = loaded.base.quantisation
     return None if quantisation is None else int(quantisation["bits"])
@@ -290,7 +293,6 @@ def _check_tokenizer(
 def _measure_on(
     one: DataSet,
     loaded: Any,
-    training: Any,
     record: dict[str, Any],
     resampling: Resampling,
     top_tokens: int,
@@ -298,8 +300,11 @@ def _measure_on(
 ) -> None:
     """Measure a model on a data set, and compare it with the reference."""
     from peft_mlm.comparing import describe_paired, measured, same_tokens, tokens_that_changed
-    from peft_mlm.evaluation import ready_to_measure
+    from peft_mlm.evaluation import evaluation_arguments, ready_to_measure
 
+    training = evaluation_arguments(one.arguments)
+    if training.world_size > 1:
+        raise ArgumentsError("compare runs in one process: start it without torchrun or accelerate launch.")
     corpus, measure = ready_to_measure(loaded, one.text, one.arguments, training, label=record["model"])
     length = corpus.max_seq_length
     if one.facts is not None and one.facts["data"]["max_seq_length"] != length:
@@ -308,7 +313,8 @@ def _measure_on(
             f"{record['model']} reads rows of {both[1]} tokens, and the reference of {both[0]}: their masked tokens "
             f"are not the same ones. Give both --max_seq_length {min(both)}."
         )
-    found = measured(measure)
+    with memory_told(one.arguments, training=False):
+        found = measured(measure)
     if one.reference is None:
         one.reference, one.models = found, []
         documents = "document_numbers" in corpus.rows["validation"].column_names
