@@ -9,7 +9,8 @@ from typing import Any
 
 from peft_mlm.console import cell, interval_text, with_error
 
-Table = tuple[str, list[str], list[list[Any]]]
+# Title, header (None for a list of names and values), rows.
+Table = tuple[str, list[str] | None, list[list[Any]]]
 FIGURES = (
     "loss", "loss_standard_error", "perplexity", "accuracy", "accuracy_standard_error", "top5_accuracy",
     "masked_tokens",
@@ -27,13 +28,12 @@ def comparison_tables(record: Mapping[str, Any]) -> Iterator[Table]:
         changed.
     """
     for one in record["data_sets"]:
-        yield _figures(one)
-        others = [model for model in one["models"] if model["against_reference"] is not None]
-        if others:
-            yield _differences(record["reference"], others)
-        for model in others:
+        names = short_names([model["model"] for model in one["models"]])
+        yield _figures(names, one)
+        for name, model in zip(names[1:], one["models"][1:], strict=True):
+            yield _differences(name, names[0], model)
             if any(model["against_reference"]["tokens"].values()):
-                yield _tokens(model)
+                yield _tokens(name, model)
 
 
 def markdown_text(record: Mapping[str, Any]) -> str:
@@ -45,11 +45,16 @@ def markdown_text(record: Mapping[str, Any]) -> str:
     Returns:
         A heading and a table for each table.
     """
-    lines = ["# Comparison", "", f"Reference: `{record['reference']}`."]
+    models = [model["model"] for model in record["data_sets"][0]["models"]]
+    lines = [
+        "# Comparison",
+        "",
+        f"Reference: `{models[0]}`; against it: {', '.join(f'`{one}`' for one in models[1:])}.",
+    ]
     for title, header, rows in comparison_tables(record):
         shown = [[_escaped(cell(value)) for value in row] for row in rows]
-        ruler = ["---", *["---:"] * (len(header) - 1)]
-        cells = [list(map(_escaped, header)), ruler, *shown]
+        ruler = ["---", "---"] if header is None else ["---", *["---:"] * (len(header) - 1)]
+        cells = [list(map(_escaped, header or ["", ""])), ruler, *shown]
         lines += ["", f"## {title}", "", *(f"| {' | '.join(row)} |" for row in cells)]
     return "\n".join(lines) + "\n"
 
@@ -63,7 +68,8 @@ def csv_text(record: Mapping[str, Any]) -> str:
     Returns:
         The text, with a header; figures that are not known are empty.
     """
-    changes = [f"{figure}_{name}" for figure in ("loss", "accuracy") for name in ("difference", "low", "high")]
+    ends = ("difference", "difference_low", "difference_high")
+    changes = [f"{figure}_{end}" for figure in ("loss", "accuracy") for end in ends]
     header = ["data_set", "model", "part", *FIGURES, *changes, "level", "win_rate_clusters", "win_rate_masked_tokens"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -81,37 +87,37 @@ def csv_text(record: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
-def _figures(one: Mapping[str, Any]) -> Table:
+def _figures(names: Sequence[str], one: Mapping[str, Any]) -> Table:
     rows = [
         [
-            _shown(model),
+            name,
             with_error(model["loss"], model["loss_standard_error"]),
             model["perplexity"],
             with_error(model["accuracy"], model["accuracy_standard_error"]),
             model["top5_accuracy"],
         ]
-        for model in one["models"]
+        for name, model in zip(names, one["models"], strict=True)
     ]
     draws = "" if one["mask_draws"] == 1 else f", masked {one['mask_draws']} times"
     title = (
         f"{one['name']}: {one['models'][0]['masked_tokens']:,} masked tokens in {one['rows']:,} rows{draws}; "
         f"{one['clusters']:,} clusters ({one['cluster']}s)"
     )
-    return title, ["", "loss", "perplexity", "masked accuracy", "among the best 5"], rows
+    return title, ["", "loss", "perplexity", "masked accuracy", "top 5"], rows
 
 
-def _differences(reference: str, others: Sequence[Mapping[str, Any]]) -> Table:
-    rows = []
-    for model in others:
-        against = model["against_reference"]
-        told = [interval_text(**against[name]) for name in ("loss", "accuracy")]
-        wins = [f"{100 * share:.1f} %" for share in against["win_rate"].values()]
-        rows.append([_shown(model), *told, *wins])
-    header = ["", "loss", "masked accuracy", "better clusters", "better tokens"]
-    return f"less {reference}", header, rows
+def _differences(label: str, reference: str, model: Mapping[str, Any]) -> Table:
+    against = model["against_reference"]
+    shares = [f"{100 * share:.1f} %" for share in against["win_rate"].values()]
+    rows = [
+        ["loss", interval_text(**against["loss"])],
+        ["masked accuracy", interval_text(**against["accuracy"])],
+        ["lower loss on", f"{shares[0]} of the clusters, {shares[1]} of the masked tokens"],
+    ]
+    return f"{label} less {reference}", None, rows
 
 
-def _tokens(model: Mapping[str, Any]) -> Table:
+def _tokens(label: str, model: Mapping[str, Any]) -> Table:
     tokens = model["against_reference"]["tokens"]
     rows = []
     for place in range(max(map(len, tokens.values()))):
@@ -120,12 +126,30 @@ def _tokens(model: Mapping[str, Any]) -> Table:
             token = tokens[kind][place] if place < len(tokens[kind]) else None
             row += ["", "", ""] if token is None else [token["token"], token["count"], f"{token['difference']:+.3f}"]
         rows.append(row)
-    header = ["gained most", "times", "nats", "lost most", "times", "nats"]
-    return f"tokens, {_shown(model)}", header, rows
+    return f"tokens, {label}", ["gained most", "times", "nats", "lost most", "times", "nats"], rows
 
 
-def _shown(model: Mapping[str, Any]) -> str:
-    return str(model["model"])
+def short_names(words: Sequence[str]) -> list[str]:
+    """Shorten paths to their ends, as far as they stay apart.
+
+    Example:
+        >>> short_names(["base", "runs/a/adapter", "runs/b/adapter", "runs/b/adapter"])
+        ['base', 'a/adapter', 'b/adapter', 'b/adapter (2)']
+
+    Args:
+        words: Names and paths; the same one more than once is numbered.
+
+    Returns:
+        As many different names.
+    """
+    names: list[str] = []
+    parts = [word.rstrip("/").split("/") for word in words]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(set(words)):
+            break
+    counted = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    return [name if count == 1 else f"{name} ({count})" for name, count in zip(names, counted, strict=True)]
 
 
 def _escaped(text: str) -> str:

@@ -105,7 +105,7 @@ def show(record: dict[str, Any]) -> None:
         record["top5_accuracy"],
         record["masked_tokens"],
     ]
-    header = ["", "loss", "perplexity", "masked accuracy", "among the best 5", "masked tokens"]
+    header = ["", "loss", "perplexity", "masked accuracy", "top 5", "tokens"]
     print_table(record["model"], header, [row], stream=sys.stdout)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import json
 import math
 from collections.abc import Callable
@@ -13,8 +14,10 @@ import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import peft_mlm
+from peft_mlm import comparison_tables, console
 from peft_mlm.collator import from_tokenizer
 from peft_mlm.commands.demo import ASSETS, HUMAN, SHIPPED
+from peft_mlm.console import interval_text
 from peft_mlm.errors import ArgumentsError
 from tests.commands.conftest import Answer, train
 from tests.tiny import letter_tokenizer, save_base, save_texts
@@ -187,8 +190,12 @@ def test_the_table_names_every_model_and_files_hold_the_same_figures(
     assert json.loads((tmp_path / "a.json").read_text()) == {k: v for k, v in record.items() if k != "output_file"}
     answer = command(*words, "--output_file", tmp_path / "a.csv")
     assert answer.err == ""
-    assert "letters" in answer.out
-    assert "95 %" in answer.out
+    base, adapted = models_of(record)
+    change = interval_text(**adapted["against_reference"]["loss"])
+    assert "95 %" in change
+    for shown in ("letters: ", f"{base['perplexity']:.4g}", f"{adapted['perplexity']:.4g}", change):
+        assert shown in answer.out
+    assert max(map(len, answer.out.splitlines())) <= 80
     lines = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
     assert [line["data_set"] for line in lines] == ["letters"] * 2
     for line, model in zip(lines, models_of(record), strict=True):
@@ -209,7 +216,7 @@ def test_other_tokenizers_and_other_rows_are_refused(
     tmp_path: Path,
     command: Callable[..., Answer],
 ) -> None:
-    other = save_base(tmp_path / "other")
+    other = save_base(tmp_path / "other", vocab_size=26)
     letter_tokenizer(extra=["[odd]"]).save_pretrained(other)
     said = command("compare", base_folder, other, "--eval_file", held_out).fault
     assert "another tokenizer" in said
@@ -257,6 +264,13 @@ def test_a_mistake_is_one_message(
     answer = command("compare", *words)
     assert answer.code == 2, answer.out
     assert said in answer.err
+
+
+def test_examples_in_the_documentation_are_right() -> None:
+    for module in (comparison_tables, console):
+        result = doctest.testmod(module)
+        assert result.failed == 0
+        assert result.attempted >= 1
 
 
 def test_faults_of_numbers_are_told_together(trained_run: Path) -> None:
