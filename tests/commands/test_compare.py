@@ -100,8 +100,7 @@ def test_it_gives_the_same_twice_and_the_same_figures_at_any_batch_size(trained_
         peft_mlm.compare([str(trained_run)], flags=["--per_device_eval_batch_size", str(size)])
         for size in (7, 7, 1, 64)
     ]
-    shown = [list(comparison_tables.comparison_tables(record)) for record in records]
-    assert shown[1:] == shown[:-1]
+    assert len({comparison_tables.markdown_text(record) for record in records}) == 1
     first = models_of(records[0])[1]
     for record in records[1:]:
         again = models_of(record)[1]
