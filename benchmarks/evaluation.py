@@ -15,15 +15,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from peft_mlm.cross_entropy import _slices
-from peft_mlm.gathered_head import find_door, sum_over_masked
-from peft_mlm.metrics import evaluate_masked_lm
-
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 # Name: (vocabulary, hidden size, layers, rows of a batch, tokens of a row, batches).
 WORKS = {
     "antibody model, 25 tokens": (25, 128, 4, 64, 128, 12),
@@ -34,6 +33,8 @@ WORKS = {
 
 def loss_and_top1(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of the losses, hits and positions, (3,)."""
+    from peft_mlm.cross_entropy import _slices
+
     total = torch.zeros(3, dtype=torch.float64)
     for rows in _slices(logits):
         some, right = logits[rows].float(), targets[rows]
@@ -43,6 +44,9 @@ def loss_and_top1(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def ways(work: str) -> dict[str, Callable[[], None]]:
+    from peft_mlm.gathered_head import find_door, sum_over_masked
+    from peft_mlm.metrics import evaluate_masked_lm
+
     vocabulary, hidden, layers, rows, length, count = WORKS[work]
     torch.manual_seed(0)
     heads = hidden // 32
