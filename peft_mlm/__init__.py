@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from peft_mlm.commands.combine import combine
     from peft_mlm.commands.compare import compare
     from peft_mlm.commands.convert import convert
+    from peft_mlm.commands.doctor import doctor
     from peft_mlm.commands.evaluate import evaluate
     from peft_mlm.commands.export import export
     from peft_mlm.commands.extract import extract
@@ -29,6 +30,7 @@ __all__ = [
     "combine",
     "compare",
     "convert",
+    "doctor",
     "evaluate",
     "export",
     "extract",
@@ -46,6 +48,7 @@ _MODULES = {
     "combine": "peft_mlm.commands.combine",
     "compare": "peft_mlm.commands.compare",
     "convert": "peft_mlm.commands.convert",
+    "doctor": "peft_mlm.commands.doctor",
     "evaluate": "peft_mlm.commands.evaluate",
     "extract": "peft_mlm.commands.extract",
     "fill_mask": "peft_mlm.commands.fill_mask",

@@ -86,7 +86,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def scaling_of(layer: str, rank: int, config: Mapping[str, Any]) -> float | None:
-    """Compute what PEFT multiplies a LoRA product by.
+    """Compute what PEFT multiplies a LoRA product by; `deltas.scaling_of` asks PEFT itself, which takes torch.
 
     Args:
         layer: The layer in the base.

@@ -24,8 +24,10 @@ from peft_mlm.adapters_together import (
     Contents,
     check_mixed,
     check_together,
+    layers_that_switch,
     read_contents,
     swappable,
+    switch,
     takes_rows_first,
 )
 from peft_mlm.arguments import ModelArguments
@@ -65,6 +67,8 @@ class AdapterSet:
         self._count = 0
         self._active: str | None = None
         self._batch_first: bool | None = None
+        # Layers on which the adapter in use is named; none where PEFT has to switch, as after each change.
+        self._layers: list[Any] = []
 
     @property
     def names(self) -> list[str]:
@@ -94,13 +98,16 @@ class AdapterSet:
         Raises:
             AdapterError: There is no adapter of that name.
         """
-        if name is None:
+        inner = None if name is None else self._known(name)
+        if self._layers:
+            switch(self.model, self._layers, inner)
+        elif inner is None:
             self.model.base_model.disable_adapter_layers()
         else:
-            inner = self._known(name)
             if self._active is None:
                 self.model.base_model.enable_adapter_layers()
             self.model.set_adapter(inner, inference_mode=True)
+            self._layers = layers_that_switch(self.model)
         self._active = name
         return self.model
 
@@ -188,6 +195,7 @@ class AdapterSet:
             self._put_on(name, new)
             self.use(name)  # PEFT wants another one active where the active one goes
             self.model.delete_adapter(old)
+            self._layers = []
         self.use(was_active)
 
     def remove(self, name: str) -> None:
@@ -207,7 +215,7 @@ class AdapterSet:
             self.use(next(other for other in self._inner if other != name))
         self.model.delete_adapter(inner)
         del self._inner[name], self._contents[name]
-        self._batch_first = None
+        self._batch_first, self._layers = None, []
         self.use(active)
 
     def _known(self, name: str) -> str:
@@ -235,6 +243,7 @@ class AdapterSet:
     def _put_on(self, name: str, new: Contents) -> None:
         inner = f"adapter_{self._count:06d}"
         self._count += 1
+        self._layers = []
         start: Any = self.base.model if self._model is None else self._model
         try:
             self._model = load_adapter(start, new.folder, name=inner, outline=self._outline).eval()

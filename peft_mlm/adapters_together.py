@@ -6,7 +6,7 @@ without an error; `tests/test_adapters_together.py` runs them again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 
 from peft_mlm.adapter import ADAPTER_WEIGHTS, check_adapter_folder
@@ -203,3 +204,43 @@ def takes_rows_first(model: PeftModel) -> bool:
             for handle in handles:
                 handle.remove()
     return all(seen)
+
+
+def layers_that_switch(model: PeftModel) -> list[BaseTunerLayer]:
+    """List the adapted layers, where the name of the adapter in use on each of them is all there is to switch.
+
+    PEFT's `set_adapter` also settles which weights take gradients, module by module through all adapters: 50 ms with 40
+    adapters on a base of roberta-base's size. Adapters that are only used have none; to name another one takes 0.2 ms.
+
+    Args:
+        model: With adapters, none of which takes gradients.
+
+    Returns:
+        The layers; none where copies of modules, rows of tokens or a method's own way of switching ask for PEFT's.
+    """
+    layers = []
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return []
+        if isinstance(module, BaseTunerLayer):
+            own = (type(module).set_adapter, type(module).enable_adapters)
+            if own != (BaseTunerLayer.set_adapter, BaseTunerLayer.enable_adapters):
+                return []
+            layers.append(module)
+    return layers
+
+
+def switch(model: PeftModel, layers: Sequence[BaseTunerLayer], inner: str | None) -> None:
+    """Name the adapter in use on each adapted layer; what PEFT's own switch leaves, without the walk.
+
+    Args:
+        model: With adapters.
+        layers: From `layers_that_switch`.
+        inner: PEFT's name of the adapter, or None for the base alone.
+    """
+    for layer in layers:
+        layer._disable_adapters = inner is None
+        if inner is not None:
+            layer._active_adapter = [inner]
+    if inner is not None:
+        model.active_adapter = model.base_model.active_adapter = inner

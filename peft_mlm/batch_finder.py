@@ -68,6 +68,9 @@ def train_in_what_fits(trainer: Any, train: Callable[[], Any]) -> Any:
             for name, parameter in trainer.model.named_parameters():
                 if name in trained:
                     parameter.copy_(trained[name])
+        if torch.cuda.is_available():  # the peak that is told is that of the batch that fits
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         torch.set_rng_state(chance)
         torch.cuda.set_rng_state_all(on_gpu)
         if metrics.is_file():

@@ -154,6 +154,8 @@ def _use(facts: Mapping[str, Any]) -> list[str]:
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()',
         ]
     lines += ["```python", *code, "```", ""]
+    if facts["kind"] == "adapter" and base and not facts["base_on_hub"]:
+        lines += [f'The base was taken from a folder: put its place instead of "{base}", and give it by `--base`.', ""]
     if facts["kind"] == "adapter" and facts["untied"]:
         lines += [
             "The decoder was given a matrix of its own (`--untie_embeddings`). PEFT's `merge_and_unload` on the tied "

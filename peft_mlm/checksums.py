@@ -34,15 +34,18 @@ class Differences:
     extra: tuple[str, ...]
 
 
-def write_checksums(folder: Path) -> None:
+def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Write the checksums of all files in a folder into it, but for the card's.
 
     Args:
         folder: What is shipped; nothing is written into it afterwards.
+        known: SHA-256 of files that were hashed while they were written, by their paths in the folder.
     """
-    files = [file for file in files_in(folder) if file.relative_to(folder).as_posix() not in FREE]
+    files = {file.relative_to(folder).as_posix(): file for file in files_in(folder)}
     sums = {
-        file.relative_to(folder).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size} for file in files
+        name: {"sha256": (known or {}).get(name) or sha256(file), "bytes": file.stat().st_size}
+        for name, file in files.items()
+        if name not in FREE
     }
     write_json(folder / CHECKSUMS, {"algorithm": "sha256", "files": sums})
 

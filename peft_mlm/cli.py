@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft_mlm import __version__
-from peft_mlm.console import is_first_process, quiet_libraries, show_notices
+from peft_mlm.console import is_first_process, leave_processes, quiet_libraries, show_notices
 from peft_mlm.errors import PeftMlmError
 from peft_mlm.processor import tune_processor
 
@@ -30,6 +30,7 @@ COMMANDS = {
     "inspect": ("inspect_adapter", "tell what an adapter, a model or a run is, from its files alone"),
     "verify": ("verify", "check that what is shipped is whole and safe to open"),
     "push": ("push", "upload an adapter or a model to the hub, after a check of all that would go up"),
+    "doctor": ("doctor", "check Python, libraries, GPU, disk and network, each with its remedy"),
     "demo": ("demo", "train, measure and merge on a real antibody model, without network"),
 }
 USER_ERROR = 2
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process if None.
 
     Returns:
-        The exit code: 0, 2 for a user's mistake, 130 when interrupted.
+        The exit code: 0, 2 for a user's mistake, 130 when interrupted; what a command itself says (`exit_code`).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
@@ -86,6 +87,7 @@ def _run(command: Any, arguments: list[str], *, as_json: bool) -> int:
         # Libraries print; only the result belongs on stdout.
         with contextlib.redirect_stdout(sys.stderr):
             record = command.run(arguments)
+            leave_processes()
     except PeftMlmError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -95,10 +97,11 @@ def _run(command: Any, arguments: list[str], *, as_json: bool) -> int:
         if as_json:
             from peft_mlm.run_folder import finite
 
-            return _print(json.dumps(finite(record), ensure_ascii=False))
-        with _reader_may_leave():
-            command.show(record)
-    return 0
+            _print(json.dumps(finite(record), ensure_ascii=False))
+        else:
+            with _reader_may_leave():
+                command.show(record)
+    return command.exit_code(record) if hasattr(command, "exit_code") else 0
 
 
 def _print(text: str) -> int:

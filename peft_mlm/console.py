@@ -110,6 +110,13 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def leave_processes() -> None:
+    """Take leave of the other processes of a run, once the work is done; one that ends without it may be aborted."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def show_notices(stream: TextIO) -> None:
     """Show what peft_mlm's own logger says, one line each.
 
@@ -137,18 +144,15 @@ def print_table(title: str, header: Sequence[str] | None, rows: Sequence[Sequenc
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title=title or None,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        show_header=header is not None,
-    )
+    table = Table(box=box.SIMPLE_HEAD, show_header=header is not None)
     for index, name in enumerate(header or ("", "")):
         table.add_column(name, justify="left" if index == 0 or header is None else "right", overflow="fold")
     for row in rows:
         table.add_row(*(cell(value) for value in row))
-    Console(file=stream, highlight=False, markup=False, emoji=False).print(table)
+    console = Console(file=stream, highlight=False, markup=False, emoji=False)
+    if title:  # not the table's own, which is folded to the table's width
+        console.print(title, style="bold", soft_wrap=True)
+    console.print(table)
 
 
 def cell(value: Any) -> str:

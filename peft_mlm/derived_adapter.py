@@ -19,7 +19,7 @@ from peft_mlm.base_recipe import write_base_recipe
 from peft_mlm.deltas import Parts, write_parts
 from peft_mlm.fingerprint import write_fingerprint
 from peft_mlm.low_rank import Loss, add_losses
-from peft_mlm.merge_proof import precise_type, probe_rows
+from peft_mlm.merge_proof import largest_number, precise_type, probe_rows
 from peft_mlm.run_folder import describe_environment, folder_bytes, write_json, write_text
 
 
@@ -75,9 +75,22 @@ def write_derived(derived: Derived, folder: Path) -> int:
         write_fingerprint(derived.fingerprint, folder)
     if derived.tokenizer is not None:
         derived.tokenizer.save_pretrained(str(folder))
+    write_text(folder / "README.md", _card(derived))
+    return write_record(derived, folder)
+
+
+def write_record(derived: Derived, folder: Path) -> int:
+    """Write the file of an adapter's record; in place of the one that is there, where figures have come to it.
+
+    Args:
+        derived: The adapter.
+        folder: Its folder.
+
+    Returns:
+        Bytes of all files in the folder.
+    """
     versions = describe_environment("")["versions"]
     write_json(folder / derived.record_name, {**derived.record, "versions": versions})
-    write_text(folder / "README.md", _card(derived, versions))
     return folder_bytes(folder)
 
 
@@ -104,9 +117,9 @@ def compare_logits(
     with adapted.disable_adapter():
         alone = logits_of(adapted, rows)
     return {
-        "max_abs_logit_diff": float((given - expected).abs().max()),
-        "max_abs_logit_diff_base": float((alone - expected).abs().max()),
-        "max_abs_logit": float(expected.abs().max()),
+        "max_abs_logit_diff": largest_number(given - expected),
+        "max_abs_logit_diff_base": largest_number(alone - expected),
+        "max_abs_logit": largest_number(expected),
         "top1_agreement": float((given.argmax(-1) == expected.argmax(-1)).double().mean()),
         "positions": given[..., 0].numel(),
         "compared_in": str(precise).removeprefix("torch."),
@@ -169,7 +182,7 @@ def describe_parts(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _card(derived: Derived, versions: Mapping[str, str | None]) -> str:
+def _card(derived: Derived) -> str:
     base = derived.base_name
     on_hub = base is not None and "/" in base
     lines = ["---", "library_name: peft", *([f"base_model: {base}"] if on_hub else []), "pipeline_tag: fill-mask"]
@@ -192,5 +205,6 @@ def _card(derived: Derived, versions: Mapping[str, str | None]) -> str:
             "```",
             "",
         ]
+    versions = describe_environment("")["versions"]
     shown = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     return "\n".join([*lines, f"Made with {shown}."]) + "\n"

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedModel, PreTr
 
 from peft_mlm.console import quiet_transformers
 from peft_mlm.errors import ExportError
-from peft_mlm.merge_proof import probe_rows
+from peft_mlm.merge_proof import largest_number, probe_rows
 from peft_mlm.merging import DTYPES
 from peft_mlm.positions import position_limit
 
@@ -69,7 +69,7 @@ def write_safetensors(
     fresh = sorted(told["missing_keys"])
     _check_weights(part, loaded, fresh)
     given = _outputs(loaded.eval().float(), rows)
-    report = {"max_abs_diff": _largest(expected - given), "max_abs": _largest(expected), "fresh": fresh}
+    report = {"max_abs_diff": largest_number(expected - given), "max_abs": largest_number(expected), "fresh": fresh}
     _check_outputs(report, dtype)
     return report
 
@@ -112,7 +112,7 @@ def write_sentence_transformers(
         SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
         loaded = SentenceTransformer(str(folder), device="cpu")
     given = loaded.encode(texts, convert_to_tensor=True, show_progress_bar=False).float()
-    report = {"max_abs_diff": _largest(expected - given), "max_abs": _largest(expected)}
+    report = {"max_abs_diff": largest_number(expected - given), "max_abs": largest_number(expected)}
     _check_outputs(report, dtype)
     return {
         **report,
@@ -180,7 +180,3 @@ def _check_outputs(report: dict[str, Any], dtype: str) -> None:
             f"The exported model gives outputs that differ by {report['max_abs_diff']:.2e} (allowed: {allowed:.1e}); "
             "nothing was written."
         )
-
-
-def _largest(numbers: torch.Tensor) -> float:
-    return float(numbers.abs().max())

@@ -197,7 +197,7 @@ def upload(plan: Upload, destination: Destination, commit_message: str | None = 
         commit_message: What stands in the history.
 
     Returns:
-        `commit` and `url` of it.
+        `commit` and `url` of it, and `changed`: False where all of it was there already, and no commit was made.
 
     Raises:
         HubError: The hub is not reached, or refuses; the message says why, and never holds the token.
@@ -207,12 +207,36 @@ def upload(plan: Upload, destination: Destination, commit_message: str | None = 
     repo_id, folder = destination.repo_id, plan.shipped.folder
     api = HfApi(token=check_connection(destination.token))
     message = commit_message or f"Upload {plan.shipped.kind} with peft-mlm"
-    with _told(repo_id):
+    with _told(repo_id, sent=True):
         operations = [
             CommitOperationAdd(file.relative_to(folder).as_posix(), _content(file, repo_id)) for file in plan.files
         ]
+        before = api.repo_info(repo_id, revision=destination.revision).sha
         done = api.create_commit(repo_id, operations, commit_message=message, revision=destination.revision)
-    return {"commit": done.oid, "url": str(done.commit_url)}
+    return {"commit": done.oid, "url": str(done.commit_url), "changed": done.oid != before}
+
+
+def missing_for_others(shipped: Shipped) -> list[str]:
+    """Find what those who load an upload will not have.
+
+    Args:
+        shipped: An adapter or a model.
+
+    Returns:
+        Sentences; none where all is on the hub.
+    """
+    card = shipped.folder / CARD
+    if shipped.kind == "model":
+        return []
+    if not card.is_file():
+        return [f"There is no card ({CARD}): the hub will not know what it is, nor its base."]
+    metadata = card.read_text(encoding="utf-8", errors="replace").split("---\n")[1:2]
+    if metadata and not re.search(r"^base_model:", metadata[0], re.MULTILINE):
+        return [
+            "The card names no base on the hub: whoever loads the adapter must have its base, and give it by --base. "
+            f"If that is there too, say so: write `base_model: OWNER/NAME` between the lines `---` of {CARD}."
+        ]
+    return []
 
 
 def _content(file: Path, repo_id: str) -> str | bytes:
@@ -223,8 +247,8 @@ def _content(file: Path, repo_id: str) -> str | bytes:
 
 
 @contextmanager
-def _told(repo_id: str) -> Iterator[None]:
-    """Say in one sentence what went wrong on the way to the hub."""
+def _told(repo_id: str, *, sent: bool = False) -> Iterator[None]:
+    """Say in one sentence what went wrong on the way to the hub, and whether anything was on its way."""
     from huggingface_hub.errors import HfHubHTTPError
 
     transport = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, by huggingface_hub's version
@@ -233,9 +257,8 @@ def _told(repo_id: str) -> Iterator[None]:
     except HubError:
         raise
     except (HfHubHTTPError, transport, OSError, ValueError, RuntimeError) as error:
-        raise HubError(
-            f"{_reason(repo_id, error)} Nothing was published; what was sent need not be sent again."
-        ) from error
+        kept = "; files that have arrived there are not sent again" if sent else ""
+        raise HubError(f"{_reason(repo_id, error)} Nothing was published{kept}.") from error
 
 
 def _reason(repo_id: str, error: BaseException) -> str:
@@ -243,18 +266,29 @@ def _reason(repo_id: str, error: BaseException) -> str:
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
-        return (
-            f"The hub does not accept the token for {repo_id} (401). Log in anew by `hf auth login`, or set HF_TOKEN."
-        )
+        remedy = "Log in anew by `hf auth login`, or set HF_TOKEN."
+        if os.environ.get("HF_TOKEN"):  # it goes before the one of a login
+            remedy = "It is that of HF_TOKEN: set another one, or unset it and log in by `hf auth login`."
+        return f"The hub does not accept the token for {repo_id} (401). {remedy}"
     if status == 403:
-        return f"The token has no right to write to {repo_id} (403). Take one that may write, or a name of your own."
+        owner, _, name = repo_id.partition("/")
+        return (
+            f"The token has no right to write to {repo_id} (403). Take one with write access to {owner}, or push to a "
+            f"name of your own: YOU/{name}."
+        )
     if status == 404:
-        return f"The hub knows no {repo_id} that this token may write to (404)."
+        return (
+            f"The hub knows no {repo_id} that this token may write to (404). Look at the name, and at what the token "
+            "may do."
+        )
+    if status == 412:
+        return f"Somebody else has written to {repo_id} in between (412). Look at what is there, and push again."
     if status == 429:
-        return "The hub asks to wait (429: too many requests). Try again later."
+        return "The hub asks to wait (429: too many requests). Push again later."
     if status is not None and status >= 500:
-        return f"The hub failed ({status}). Try again later."
+        return f"The hub failed ({status}). Push again later."
     if status is not None:
         said = " ".join(str(getattr(error, "server_message", None) or "").split())[:200]
         return f"The hub refused the upload to {repo_id} ({status}{': ' + said if said else ''})."
-    return f"The connection to the hub failed ({type(error).__name__}). Try again."
+    where = " and HF_ENDPOINT" if os.environ.get("HF_ENDPOINT") else ""
+    return f"The connection to the hub failed ({type(error).__name__}). Look at the network{where}, and push again."

@@ -12,29 +12,21 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from peft_mlm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder, load_adapter
 from peft_mlm.adapter_fit import check_adapter_fits
 from peft_mlm.arguments import ModelArguments
-from peft_mlm.base_recipe import BASE_RECIPE, with_base_recipe
+from peft_mlm.base_recipe import with_base_recipe
 from peft_mlm.checkpoint import load_outline
 from peft_mlm.config import Arguments, read_arguments
 from peft_mlm.errors import AdapterError, ArgumentsError, ModelError
-from peft_mlm.fingerprint import BASE_FINGERPRINT, changed_weights, misfits, read_fingerprint
+from peft_mlm.fingerprint import changed_weights, misfits, read_fingerprint
+from peft_mlm.hub_names import adapter_on_hub, parted
 from peft_mlm.model import Base, brings_tokenizer, load_base, with_tokenizer_of
 from peft_mlm.quantization import dequantise
 from peft_mlm.run_folder import RunFolder, is_run_folder
-from peft_mlm.training_facts import TRAINING_FACTS, changed_tokenizer
+from peft_mlm.training_facts import changed_tokenizer
 
-FILES_OF_ADAPTER = (
-    "adapter_model.safetensors",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    BASE_RECIPE,
-    BASE_FINGERPRINT,
-    TRAINING_FACTS,
-)
 Part = Literal["adapted", "base"]
 Loads = TypeVar("Loads")
 
@@ -98,8 +90,9 @@ def resolve_target(name_or_path: str, *, base: str | None = None, part: Part = "
     """Find out what a name or path is, and which base belongs to it.
 
     Args:
-        name_or_path: A run folder, the folder or hub name of an adapter, or the folder or hub name of a model.
-        base: Base model to use instead of the recorded one.
+        name_or_path: A run folder, the folder or hub name of an adapter, or the folder or hub name of a model; behind a
+            hub name a revision may follow (org/name@v1).
+        base: Base model to use instead of the recorded one; the same.
         part: "base" leaves the adapter (or the training) out.
 
     Returns:
@@ -330,13 +323,11 @@ def _resolve_adapter(folder: Path, base: str | None, part: Part) -> Target:
         arguments = read_arguments(RunFolder(run).arguments, for_training=False)
         model = with_tokenizer_of(arguments.model, folder)
         return Target("adapter", _with_base(model, base), adapter, arguments, run)
-    name = base or config.get("base_model_name_or_path")
-    if not name:
+    name = config.get("base_model_name_or_path")
+    if base is None and not name:
         raise AdapterError(f"The adapter {folder} does not name its base model. Give it with --base.")
-    revision = config.get("revision") if base is None else None
-    return Target(
-        "adapter", ModelArguments(model_name_or_path=name, model_revision=revision or "main"), adapter, None, None
-    )
+    recorded = ModelArguments(model_name_or_path=name, model_revision=config.get("revision") or "main")
+    return Target("adapter", _with_base(recorded, base), adapter, None, None)
 
 
 def _resolve_model(name_or_path: str, base: str | None, part: Part) -> Target:
@@ -346,7 +337,7 @@ def _resolve_model(name_or_path: str, base: str | None, part: Part) -> Target:
         if part == "base":
             raise ModelError(f"{name_or_path} is a model without adapter: the base itself. Leave --use_base out.")
         _refuse_base(name_or_path, base)
-        return Target("model", ModelArguments(model_name_or_path=name_or_path), None, None, None)
+        return Target("model", _model_named(name_or_path), None, None, None)
     arguments = read_arguments(RunFolder(run).arguments, for_training=False)
     if part == "base":
         return Target("model", _base_of_run(run, arguments, base), None, arguments, run)
@@ -373,27 +364,19 @@ def _refuse_base(name_or_path: str | Path, base: str | None) -> None:
 
 
 def _with_base(arguments: ModelArguments, base: str | None) -> ModelArguments:
-    return arguments if base is None else replace(arguments, model_name_or_path=base, model_revision="main")
+    if base is None:
+        return arguments
+    named = _model_named(base)
+    return replace(arguments, model_name_or_path=named.model_name_or_path, model_revision=named.model_revision)
 
 
 def _locate_adapter(name_or_path: str) -> Path | None:
     path = Path(name_or_path).expanduser()
     if (path / ADAPTER_CONFIG).is_file():
         return path
-    return None if path.exists() else _adapter_on_hub(name_or_path)
+    return None if path.exists() else adapter_on_hub(name_or_path)
 
 
-def _adapter_on_hub(name: str) -> Path | None:
-    """Fetch an adapter from the hub; None where that name is no adapter there (a model, or nothing)."""
-    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        return None
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    try:
-        config = cached_file(name, ADAPTER_CONFIG, **options)
-        if config is None:
-            return None
-        for file in FILES_OF_ADAPTER:
-            cached_file(name, file, **options)
-    except (OSError, ValueError):
-        return None
-    return Path(config).parent
+def _model_named(name: str) -> ModelArguments:
+    named, revision = parted(name)
+    return ModelArguments(model_name_or_path=named, model_revision=revision)

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_mlm.adapter import cast_with_adapter
 from peft_mlm.collator import IGNORE_INDEX
+from peft_mlm.document_attention import documents_apart
 from peft_mlm.errors import MergeError
+from peft_mlm.gathered_head import base_of
 from peft_mlm.metrics import MaskedScores, scores_of_batch
 from peft_mlm.positions import position_limit
 
@@ -42,7 +44,8 @@ class ProofRows:
 
     Attributes:
         probe: Rows of random tokens, (rows, tokens).
-        text: Batches of real text with masks (`input_ids`, `attention_mask`, `labels`); none where there is none.
+        text: Batches of real text with masks (`input_ids`, `attention_mask`, `labels`, and `document_ids` where texts
+            share a row); none where there is none.
         source: What the text is, for the report.
     """
 
@@ -147,6 +150,12 @@ def probe_logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(pieces)
 
 
+def largest_number(numbers: torch.Tensor) -> float:
+    """Give the largest absolute value; infinity where one is not a number."""
+    value = float(numbers.abs().max())
+    return value if math.isfinite(value) else math.inf
+
+
 def rounding_unit(dtype: torch.dtype) -> float:
     """Give the largest share by which a type rounds a number (2^-8 for bfloat16, 2^-11 for float16)."""
     return torch.finfo(dtype).eps / 2
@@ -172,12 +181,12 @@ def effect_of_rounding(model: Any, seen: Seen, rows: ProofRows, dtype: torch.dty
             parameter += sign * (parameter.abs() * unit).clamp(min=least)
     moved = probe_logits(model, rows.probe)
     assert seen.precise is not None
-    on_probe = float((moved - seen.precise).abs().max())
+    on_probe = largest_number(moved - seen.precise)
     if seen.text is None:
         return on_probe, 0.0
     text = _observe_text(cast_with_adapter(model, torch.float32), rows.text)
     assert text is not None
-    return on_probe, float((text.logits - seen.text.logits).abs().max())
+    return on_probe, largest_number(text.logits - seen.text.logits)
 
 
 def compare_text(one: TextSeen, other: TextSeen) -> dict[str, Any]:
@@ -192,8 +201,8 @@ def compare_text(one: TextSeen, other: TextSeen) -> dict[str, Any]:
         places, and of each model the figures of `MaskedScores.describe`.
     """
     return {
-        "max_abs_logit_diff": float((one.logits - other.logits).abs().max()),
-        "max_abs_logit": float(one.logits.abs().max()),
+        "max_abs_logit_diff": largest_number(one.logits - other.logits),
+        "max_abs_logit": largest_number(one.logits),
         "logits_of_positions": len(one.logits),
         "top1_agreement": float((one.best == other.best).double().mean()),
         "positions": len(one.best),
@@ -229,8 +238,9 @@ def _observe_text(model: Any, batches: Sequence[Batch]) -> TextSeen | None:
     best: list[torch.Tensor] = []
     sums, room = [np.zeros((0, 4))], KEPT_LOGITS
     for batch in batches:
-        ids, attention = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-        logits = model(input_ids=ids, attention_mask=attention).logits.float().cpu()
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+        with documents_apart(base_of(model), inputs) as apart:
+            logits = model(**apart).logits.float().cpu()
         real, labels = batch["attention_mask"].bool(), batch["labels"]
         best.append(logits[real].argmax(-1))
         places = max(room // logits.shape[-1], 0 if kept else 1)

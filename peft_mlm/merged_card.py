@@ -16,16 +16,17 @@ from peft_mlm.shipped import find_shipped
 SHOWN_VERSIONS = ("peft-mlm", "torch", "transformers", "peft")
 
 
-def finish_merged(folder: Path, adapter: Path, report: Mapping[str, Any]) -> None:
+def finish_merged(folder: Path, adapter: Path, report: Mapping[str, Any], sums: Mapping[str, str]) -> None:
     """Write the model card and the checksums of a merged model; nothing is written into its folder afterwards.
 
     Args:
         folder: The merged model, complete but for these two files.
         adapter: The adapter that was merged.
         report: What the comparison gave, as in `merge_report.json`.
+        sums: SHA-256 of the files that were hashed while they were written.
     """
     write_text(folder / "README.md", render_card(_facts(folder, adapter, report)))
-    write_checksums(folder)
+    write_checksums(folder, sums)
 
 
 def _facts(folder: Path, adapter: Path, report: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from peft_mlm.merge_proof import (
     check_difference,
     compare_text,
     effect_of_rounding,
+    largest_number,
     observe,
     precise_type,
     probe_rows,
@@ -39,6 +40,8 @@ from peft_mlm.run_folder import staged, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORT = "merge_report.json"
+# Writes weights and config into a folder; gives the SHA-256 of files that it has hashed, by name.
+Writer = Callable[[Path], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def merge_adapter(
     return report
 
 
-def built_merge(model: PeftModel, dtype: str) -> Callable[[Path], None]:
+def built_merge(model: PeftModel, dtype: str) -> Writer:
     """Merge an adapter into a model that is loaded.
 
     Args:
@@ -147,7 +150,7 @@ def built_merge(model: PeftModel, dtype: str) -> Callable[[Path], None]:
         dtype: Type of the merged weights.
 
     Returns:
-        Writes weights and config into a folder.
+        Writes weights and config into a folder; it has hashed no file.
 
     Raises:
         MergeError: The base is quantised; or, later, the method cannot be merged.
@@ -156,7 +159,7 @@ def built_merge(model: PeftModel, dtype: str) -> Callable[[Path], None]:
         raise MergeError("A sum put back into 4 or 8 bits is another model: dequantise the base first.")
     was_tied, ties = is_tied(model), model.config.tie_word_embeddings
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> Mapping[str, str]:
         try:
             merged = cast(PreTrainedModel, model.merge_and_unload(safe_merge=True))
         except (NotImplementedError, ValueError, AttributeError) as error:
@@ -169,13 +172,14 @@ def built_merge(model: PeftModel, dtype: str) -> Callable[[Path], None]:
             merged.config.tie_word_embeddings = ties  # PEFT takes a decoder never tied (LUKE's) for one cut loose
         merged.to(dtype=DTYPES[dtype])
         merged.save_pretrained(str(folder))
+        return {}
 
     return write
 
 
 def write_merged(
     output_dir: Path,
-    write: Callable[[Path], None],
+    write: Writer,
     tokenizer: PreTrainedTokenizerBase,
     *,
     dtype: str,
@@ -187,7 +191,7 @@ def write_merged(
 
     Args:
         output_dir: Made by this call; it appears complete or not at all.
-        write: Writes weights and config into a folder.
+        write: Writes weights and config into a folder, and gives the SHA-256 of the files that it has hashed.
         tokenizer: Written beside the model.
         dtype: Type of the weights.
         expected: What base + adapter gave; None for no proof.
@@ -202,13 +206,13 @@ def write_merged(
     """
     with staged(output_dir) as folder:
         with quiet_transformers():
-            write(folder)
+            sums = write(folder)
             tokenizer.save_pretrained(str(folder))
         report = None if expected is None else prove(folder, expected, dtype=dtype)
         record = {"dtype": dtype} if report is None else report.describe()
         write_json(folder / REPORT, {"proved": report is not None, **record, **(details or {})})
         if adapter is not None:
-            finish_merged(folder, adapter, record)
+            finish_merged(folder, adapter, record, sums)
     return report
 
 
@@ -230,14 +234,10 @@ def prove(folder: Path, expected: Expected, *, dtype: str) -> MergeReport:
         loaded = AutoModelForMaskedLM.from_pretrained(str(folder), dtype=DTYPES[dtype]).eval()
     tied = is_tied(loaded) if expected.tied else None
     given = observe(loaded, expected.rows, precise=expected.compared_in)
-    on_probe, on_text = 0.0, 0.0
-    if dtype != "float32":
-        on_probe, on_text = effect_of_rounding(loaded, given, expected.rows, DTYPES[dtype])
-    report = _compare(expected, given, on_probe, tied=tied, dtype=dtype)
-    if report.text is not None:
-        report.text["tolerance"] = (
-            TOLERANCE_ON_TEXT * max(1.0, report.text["max_abs_logit"]) + ROUNDING_MARGIN * on_text
-        )
+    report = _compare(expected, given, (0.0, 0.0), tied=tied, dtype=dtype)
+    if dtype != "float32" or _is_over(report):  # weights can be so large that rounding to float32 shows too
+        effect = effect_of_rounding(loaded, given, expected.rows, DTYPES[dtype])
+        report = _compare(expected, given, effect, tied=tied, dtype=dtype)
     _check(report)
     return report
 
@@ -256,24 +256,28 @@ def is_tied(model: Any) -> bool:
     return any(id(parameter) in tied for parameter in base.get_input_embeddings().parameters())
 
 
-def _compare(expected: Expected, given: Seen, rounding: float, *, tied: bool | None, dtype: str) -> MergeReport:
+def _compare(
+    expected: Expected, given: Seen, rounding: tuple[float, float], *, tied: bool | None, dtype: str
+) -> MergeReport:
+    on_probe, on_text = rounding
     one, other = expected.seen.precise, given.precise
     assert one is not None
     assert other is not None
-    largest, because = float(one.abs().max()), f"{TOLERANCE:.0e} of the largest logit"
-    if rounding:
-        because += f", and {ROUNDING_MARGIN} times what weights off by the unit of {dtype} change ({rounding:.1e})"
+    largest, because = largest_number(one), f"{TOLERANCE:.0e} of the largest logit"
+    if on_probe:
+        because += f", and {ROUNDING_MARGIN} times what weights off by the unit of {dtype} change ({on_probe:.1e})"
     text = None
     if expected.seen.text is not None and given.text is not None:
         text = {**expected.rows.source, **compare_text(expected.seen.text, given.text)}
+        text["tolerance"] = TOLERANCE_ON_TEXT * max(1.0, text["max_abs_logit"]) + ROUNDING_MARGIN * on_text
         held = expected.quantised and expected.quantised.text
         text["quantised"] = held.scores.describe() if held else None
-    apart = None if expected.quantised is None else float((expected.quantised.as_run - other).abs().max())
+    apart = None if expected.quantised is None else largest_number(expected.quantised.as_run - other)
     return MergeReport(
-        max_abs_logit_diff=float((one - other).abs().max()),
-        tolerance=TOLERANCE * max(1.0, largest) + ROUNDING_MARGIN * rounding,
+        max_abs_logit_diff=largest_number(one - other),
+        tolerance=TOLERANCE * max(1.0, largest) + ROUNDING_MARGIN * on_probe,
         tolerance_because=because,
-        max_abs_logit_diff_as_run=float((expected.seen.as_run - given.as_run).abs().max()),
+        max_abs_logit_diff_as_run=largest_number(expected.seen.as_run - given.as_run),
         max_abs_logit=largest,
         top1_agreement=float((one.argmax(-1) == other.argmax(-1)).double().mean()),
         positions=expected.rows.probe.numel(),
@@ -283,6 +287,11 @@ def _compare(expected: Expected, given: Seen, rounding: float, *, tied: bool | N
         max_abs_logit_diff_quantised=apart,
         text=text,
     )
+
+
+def _is_over(report: MergeReport) -> bool:
+    on_text = report.text is not None and report.text["max_abs_logit_diff"] > report.text["tolerance"]
+    return report.max_abs_logit_diff > report.tolerance or on_text
 
 
 def _check(report: MergeReport) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_mlm.errors import ExportError
-from peft_mlm.merge_proof import probe_rows
+from peft_mlm.merge_proof import largest_number, probe_rows
 from peft_mlm.positions import position_limit
 
 ONNX_FILE = "model.onnx"
@@ -147,8 +146,8 @@ def _compare(
                 expected = wrapped(**batch)[batch["attention_mask"].bool()]
             (given,) = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
             at_tokens = torch.from_numpy(given)[batch["attention_mask"].bool()]
-            difference = max(difference, _largest(expected - at_tokens))
-            largest = max(largest, _largest(expected))
+            difference = max(difference, largest_number(expected - at_tokens))
+            largest = max(largest, largest_number(expected))
     except Exception as error:  # ONNX Runtime's errors share no class of their own
         raise ExportError(
             f"ONNX Runtime cannot run this {model.config.model_type} at every batch and length "
@@ -176,12 +175,6 @@ def _batch(
         end = max(3, ids.shape[1] - 2 * row)
         ids[row, end:], mask[row, end:] = tokenizer.pad_token_id, 0
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def _largest(numbers: torch.Tensor) -> float:
-    """Largest absolute value; infinite where one is not a number."""
-    value = float(numbers.abs().max())
-    return value if math.isfinite(value) else math.inf
 
 
 def _one_line(error: Exception) -> str:

@@ -55,9 +55,8 @@ def _text(loaded: Loaded, arguments: Arguments) -> tuple[list[Batch], dict[str, 
     data = replace(data, max_eval_samples=data.max_eval_samples or TEXT_ROWS)
     text = load_text(data, cache_dir=model.cache_dir, token=model.token, splits=("validation",))
     corpus = build_corpus(text, data, loaded.base.model, loaded.tokenizer)
-    rows = corpus.rows["validation"]
     _, masking = build_collators(corpus, data, loaded.tokenizer, seed=0, half_precision=False)
-    listed = [{"input_ids": ids} for ids in rows["input_ids"]]
+    listed: list[Any] = list(corpus.rows["validation"])  # with the lengths of documents that share a row
     batches: list[Batch] = [masking(listed[start : start + BATCH_ROWS]) for start in range(0, len(listed), BATCH_ROWS)]
     return batches, {"rows": len(listed), "fingerprint": corpus.facts["validation"]["fingerprint"]}
 

@@ -7,6 +7,7 @@
     metrics.jsonl     one record per log and evaluation
     summary.json      status, figures before and after, parameters, bytes, seconds
     checkpoints/      checkpoint-N, to resume from
+    tensorboard/      with --report_to tensorboard
     adapter/          the adapter (or model/, where the whole model was trained)
 
 Files are written to a temporary name and renamed, so that a reader sees an old or a new one, never half of one.
@@ -81,6 +82,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Checkpoints to resume from."""
         return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """What TensorBoard shows, with `report_to`."""
+        return self.path / "tensorboard"
 
     @property
     def adapter(self) -> Path:
@@ -256,19 +262,32 @@ def staged(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=STAGED, dir=folder.parent))
-    with _locked(temporary):
-        try:
-            temporary.chmod(0o777 & ~_umask())
-            yield temporary
-            for path in (*temporary.rglob("*"), temporary):
-                sync(path)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.replace(folder)
-            sync(folder.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    temporary, held = _staging_folder(folder)
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        open_to_umask(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(held)
+
+
+def open_to_umask(folder: Path) -> None:
+    """Give the files in a folder the permissions of any new file; safetensors writes its own for the owner alone.
+
+    Args:
+        folder: What was written.
+    """
+    ordinary = 0o666 & ~_umask()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode & 0o7777 | ordinary)
 
 
 def sync(path: Path) -> None:
@@ -354,19 +373,34 @@ def _own_commit() -> str | None:
 def _remove_leftovers(folder: Path) -> None:
     """Remove temporary folders of this name that no process works in any more."""
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????{STAGED}"):
-        with suppress(OSError), _locked(left):
-            shutil.rmtree(left)
+        with suppress(OSError):
+            held = _lock(left)
+            try:
+                shutil.rmtree(left)
+            finally:
+                os.close(held)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the system lets it go when the process ends, however it ends."""
+def _staging_folder(folder: Path) -> tuple[Path, int]:
+    """Make a temporary folder beside a folder, and hold it; anew where a process took it for a leftover before that."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=STAGED, dir=folder.parent))
+        with suppress(FileNotFoundError, BlockingIOError):
+            held = _lock(temporary)
+            if temporary.exists():
+                return temporary, held
+            os.close(held)
+
+
+def _lock(folder: Path) -> int:
+    """Hold a folder until the descriptor is closed; the system closes it when the process ends, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
+    except OSError:
         os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _umask() -> int:

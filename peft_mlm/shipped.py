@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft_mlm.safetensors_header import weight_files
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG = "config.json"
 TRAINER_STATE = "trainer_state.json"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Formats that run code when they are opened, or can hold some that do.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".msgpack", ".h5")
 
@@ -71,7 +73,12 @@ def find_shipped(name_or_path: str | Path) -> Shipped:
     given, path = str(name_or_path), Path(name_or_path).expanduser()
     if not path.is_dir():
         why = "is a file" if path.exists() else "does not exist"
-        raise RunFolderError(f"{given} {why}. Give a run folder, or the folder of an adapter, a model or a checkpoint.")
+        fetch = ""
+        if HUB_NAME.fullmatch(given) and not path.exists():
+            fetch = f" One on the hub is fetched by `hf download {given} --local-dir {path.name}`."
+        raise RunFolderError(
+            f"{given} {why}. Give a run folder, or the folder of an adapter, a model or a checkpoint.{fetch}"
+        )
     if is_run_folder(path):
         return _in_run(given, path)
     kind = kind_of(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from torch import nn
 
 from peft_mlm.adapter import ADAPTER, cast_with_adapter
 from peft_mlm.errors import MergeError
+from peft_mlm.followed_files import FollowedFiles
 from peft_mlm.head_mapping import WEIGHTS_INDEX
 from peft_mlm.merge_proof import precise_type
-from peft_mlm.run_folder import sync
 from peft_mlm.stream_plan import StreamPlan
 from peft_mlm.tensor_files import TYPES, Part, StoredTensor, read_blocks, read_tensor, write_tensors
 
 
-def streamed_merge(plan: StreamPlan, dtype: str) -> Callable[[Path], None]:
+def streamed_merge(plan: StreamPlan, dtype: str) -> Callable[[Path], Mapping[str, str]]:
     """Merge file by file.
 
     Args:
@@ -36,12 +36,12 @@ def streamed_merge(plan: StreamPlan, dtype: str) -> Callable[[Path], None]:
         dtype: Type of the merged weights. Sums are made in float64, for models over 500 million parameters in float32.
 
     Returns:
-        Writes the weights, in files like the base's, and the config into an empty folder. It raises MergeError where a
-        sum is not finite.
+        Writes the weights, in files like the base's, and the config into an empty folder, and gives the SHA-256 of the
+        files of weights. It raises MergeError where a sum is not finite.
     """
     kind = getattr(torch, dtype)
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> Mapping[str, str]:
         stored = {plan.names.get(t.name, t.name): t for tensors in plan.files.values() for t in tensors}
         merge = _Merger(plan, stored)
         written: dict[str, list[Part]] = {}
@@ -50,17 +50,32 @@ def streamed_merge(plan: StreamPlan, dtype: str) -> Callable[[Path], None]:
         *_, last = written.values()
         for name in sorted(plan.replaced.keys() - stored.keys()):
             last.append(Part(name, kind, tuple(plan.replaced[name].shape), _whole(plan.replaced[name])))
-        with ThreadPoolExecutor(max_workers=1) as disk:  # one file goes to the disk while the next one is made
+        with _one_thread(), FollowedFiles() as followed:
             for file_name, parts in written.items():
-                write_tensors(folder / file_name, parts)
-                disk.submit(sync, folder / file_name)
+                write_tensors(folder / file_name, parts, followed)
         if len(written) > 1:
             _write_index(folder, written)
         config = plan.base.model.config
         config.architectures, config.dtype = [type(plan.base.model).__name__], kind
         config.save_pretrained(str(folder))
+        return {file.name: digest for file, digest in followed.sums.items()}
 
     return write
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute in one thread: blocks of a few rows gain nothing by more.
+
+    Where another thread hashes what was written and cores are few, threads that wait for each other at every block make
+    the merge ten times slower.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Merger:

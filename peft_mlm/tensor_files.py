@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from peft_mlm.errors import DamagedFileError, ModelError
+from peft_mlm.followed_files import FollowedFiles
 from peft_mlm.safetensors_header import read_header
 
 TYPES = {
@@ -26,6 +27,8 @@ TYPES = {
 }  # fmt: skip
 NAMES_OF_TYPES = {dtype: name for name, dtype in TYPES.items()}
 BUFFER = 8 * 2**20
+# Copied within the kernel at a time.
+PIECE = 32 * 2**20
 # Numbers in a block of rows: small enough to stay in a core's cache while something is done with them.
 BLOCK = 2**18
 # What the system says where two files cannot be copied within the kernel: the bytes then go through memory.
@@ -163,12 +166,13 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     return True
 
 
-def write_tensors(file: Path, parts: Sequence[Part]) -> None:
+def write_tensors(file: Path, parts: Sequence[Part], followed: FollowedFiles) -> None:
     """Write a safetensors file, one tensor after the other.
 
     Args:
         file: The new file.
         parts: What it is to hold. Wider types come first, as the format wants its numbers aligned.
+        followed: Is told how far it is written.
     """
     ordered = sorted(parts, key=lambda part: -part.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -182,10 +186,9 @@ def write_tensors(file: Path, parts: Sequence[Part]) -> None:
     with file.open("wb", buffering=0) as out:
         _write(out, memoryview(len(text).to_bytes(8, "little") + text))
         for run in _runs(ordered):
-            if isinstance(run, StoredTensor):
-                _copy(run, out)
-            else:
-                _write_blocks(run, out)
+            for _ in _copy(run, out) if isinstance(run, StoredTensor) else _write_blocks(run, out):
+                followed.grown(file, out.tell())
+        followed.grown(file, out.tell(), complete=True)
 
 
 def _size(part: Part) -> int:
@@ -212,13 +215,15 @@ def _runs(parts: Sequence[Part]) -> Iterator[StoredTensor | Part]:
         yield run
 
 
-def _write_blocks(part: Part, out: BinaryIO) -> None:
+def _write_blocks(part: Part, out: BinaryIO) -> Iterator[None]:
+    """Write what is made for a tensor, block by block."""
     assert not isinstance(part.source, StoredTensor)
     left = _size(part)
     for block in part.source():
         data = _view(block.to(part.dtype).contiguous().reshape(-1).view(torch.uint8))
         left -= len(data)
         _write(out, data)
+        yield
     if left:
         raise ValueError(f"{part.name} was not made in its shape {part.shape}: {left} bytes are left")
 
@@ -229,13 +234,13 @@ def _view(raw: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _copy(source: StoredTensor, out: BinaryIO) -> None:
-    """Copy bytes from file to file within the kernel, or through a small buffer where it cannot."""
+def _copy(source: StoredTensor, out: BinaryIO) -> Iterator[None]:
+    """Copy bytes from file to file, piece by piece: within the kernel, or through a small buffer where it cannot."""
     place, left = source.start, source.size
     with source.file.open("rb", buffering=0) as stream:
         while left and hasattr(os, "copy_file_range"):
             try:
-                copied = os.copy_file_range(stream.fileno(), out.fileno(), left, offset_src=place)
+                copied = os.copy_file_range(stream.fileno(), out.fileno(), min(left, PIECE), offset_src=place)
             except OSError as error:
                 if error.errno not in NO_COPY:
                     raise
@@ -243,11 +248,13 @@ def _copy(source: StoredTensor, out: BinaryIO) -> None:
             if not copied:
                 break
             place, left = place + copied, left - copied
+            yield
         while left:
             piece = memoryview(bytearray(min(BUFFER, left)))
             _read_into(stream.fileno(), piece, place)
             _write(out, piece)
             place, left = place + len(piece), left - len(piece)
+            yield
 
 
 def _read_into(descriptor: int, target: memoryview, place: int) -> None:

@@ -8,11 +8,11 @@ this happens here.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from transformers.utils import is_liger_kernel_available
 
 from peft_mlm.batch_finder import train_in_what_fits, use_batch
 from peft_mlm.batching import LengthBatches, clusters_of, row_lengths
-from peft_mlm.callbacks import EpochOf, MetricsFile, Progress, show_progress
+from peft_mlm.callbacks import EpochOf, EvaluationLines, MetricsFile, show_progress
 from peft_mlm.collator import MaskingCollator
 from peft_mlm.compiling import compile_layers
 from peft_mlm.document_packing import DOCUMENT_NUMBERS
@@ -43,6 +43,7 @@ from peft_mlm.errors import ArgumentsError
 from peft_mlm.fused_lora import fused_lora
 from peft_mlm.gathered_head import Door, base_of, find_door
 from peft_mlm.initialization import Matrices
+from peft_mlm.live_table import LiveTable, can_draw
 from peft_mlm.metrics import MaskedScores, MaskedTokens, evaluate_masked_lm, masked_lm_loss
 from peft_mlm.optimizers import check_lorafa, check_loraplus, lorafa_optimizer, loraplus_optimizer
 from peft_mlm.out_of_memory import DoesNotFitError, is_out_of_memory
@@ -53,8 +54,10 @@ from peft_mlm.rank_schedule import (
     load_schedule_state,
     orthogonal_penalty,
 )
+from peft_mlm.reporting import reports_in
 from peft_mlm.resuming import has_training_state, load_training_state, read_schedule_state, write_training_state
-from peft_mlm.run_folder import RunFolder
+from peft_mlm.run_folder import RunFolder, open_to_umask
+from peft_mlm.throughput import Throughput
 
 
 def scores_of(
@@ -67,6 +70,7 @@ def scores_of(
     door: Door | None = None,
     draws: int = 1,
     keep: Callable[[MaskedTokens], None] | None = None,
+    watch: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
 ) -> MaskedScores:
     """Evaluate a model on rows, longest first, so that batches hold little padding.
 
@@ -81,6 +85,7 @@ def scores_of(
         door: From `find_door`; None (default) runs the head at every position.
         draws: How often the rows are masked; the sums are over all draws. Default 1.
         keep: Is given the masked tokens of each batch (of this process).
+        watch: Passes the batches on and shows how far it is, by the label; None (default) is a progress bar.
 
     Returns:
         Sums over all rows (over all processes, where several run), by cluster: by document where rows are cut from
@@ -91,6 +96,7 @@ def scores_of(
     clusters, count = clusters_of(rows, own)
     if DOCUMENT_NUMBERS in rows.column_names:
         rows = rows.remove_columns(DOCUMENT_NUMBERS)
+    hidden = watch is not None or not show_progress(arguments)
 
     def masked(draw: int) -> MaskedScores:
         batches = DataLoader(
@@ -100,11 +106,11 @@ def scores_of(
             num_workers=arguments.dataloader_num_workers,
         )
         shown = label if draws == 1 else f"{label}, masks {draw + 1}/{draws}"
-        bar = tqdm(
-            batches, desc=shown, file=sys.stderr, leave=False, disable=not show_progress(arguments), unit="batch"
-        )
+        # The bar begins an iteration of its own, which draws a random number: a run is the same watched and unwatched.
+        bar = tqdm(batches, desc=shown, file=sys.stderr, leave=False, disable=hidden, unit="batch")
+        seen = bar if watch is None else watch(bar, shown)
         where = {"device": arguments.device, "autocast": _autocast(arguments), "door": door}
-        return evaluate_masked_lm(model, bar, **where, clusters=clusters, count=count, keep=keep)
+        return evaluate_masked_lm(model, seen, **where, clusters=clusters, count=count, keep=keep)
 
     return reduce(operator.add, map(masked, range(draws)))
 
@@ -189,8 +195,10 @@ class MaskedLMTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(EpochOf(self.data_collator))
-        self.add_callback(MetricsFile(run))
-        self.add_callback(Progress())
+        self.throughput = Throughput()
+        self.live_table = LiveTable(self.throughput)
+        for callback in (self.throughput, MetricsFile(run), EvaluationLines(), self.live_table):
+            self.add_callback(callback)
         self.schedule = RankSchedule() if has_rank_schedule(self.model) else None
         if (self.initial or self.schedule) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ArgumentsError(
@@ -240,7 +248,12 @@ class MaskedLMTrainer(Trainer):
         self.scores_at = {}
         whole = not (self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled)
         train = partial(super().train, *args, **options)
-        with fused_lora(self.model) if whole else contextlib.nullcontext():
+        drawn = show_progress(self.args) and can_draw()
+        with (
+            reports_in(self.run, self.callback_handler.callbacks),
+            self.live_table if drawn else nullcontext(),
+            fused_lora(self.model) if whole else nullcontext(),
+        ):
             return train_in_what_fits(self, train) if self.args.auto_find_batch_size else train()
 
     def _inner_training_loop(self, batch_size: int | None = None, **options: Any) -> Any:
@@ -270,6 +283,8 @@ class MaskedLMTrainer(Trainer):
     ) -> Any:
         """Sum of the cross-entropies / masked tokens of the whole accumulated batch (of all processes)."""
         labels = inputs.pop("labels")
+        if model.training:
+            self.throughput.count(inputs["attention_mask"])
         smoothing = self.args.label_smoothing_factor
         loss = masked_lm_loss(model, inputs, labels, num_items_in_batch, label_smoothing=smoothing, door=self.door)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -297,8 +312,9 @@ class MaskedLMTrainer(Trainer):
         return super().create_optimizer(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the ranks that are left where a schedule cuts them, and the penalty that the loss contains."""
+        """Log, with speed and memory, the ranks that a schedule has left, and the penalty that the loss contains."""
         more: dict[str, float] = dict(describe_ranks(self.model, self.state.global_step))
+        more |= self.throughput.read(self.accelerator).describe() if "loss" in logs else {}
         penalty = orthogonal_penalty(self.model) if "loss" in logs else None
         more |= {} if penalty is None else {"orthogonal_penalty": penalty.item()}
         super().log({**logs, **more}, start_time)
@@ -341,18 +357,26 @@ class MaskedLMTrainer(Trainer):
         return self._scores(self.eval_dataset, label, draws=self.eval_mask_draws)
 
     def _scores(self, rows: Dataset, label: str, *, draws: int) -> MaskedScores:
-        return scores_of(self.model, rows, self.eval_collator, self.args, label=label, door=self.door, draws=draws)
+        started = time.perf_counter()
+        watch = self.live_table.watch if self.live_table.is_shown else None
+        how: dict[str, Any] = {"label": label, "door": self.door, "draws": draws, "watch": watch}
+        scores = scores_of(self.model, rows, self.eval_collator, self.args, **how)
+        self.throughput.evaluation_seconds = time.perf_counter() - started
+        return scores
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, or the model where there is none; no pickled arguments beside it."""
+        folder = Path(output_dir or self.args.output_dir)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
-            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+            (folder / "training_args.bin").unlink(missing_ok=True)
         elif self.args.should_save:
-            model, folder = self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir)
+            model = self.accelerator.unwrap_model(self.model)
             self.save_into(model, folder)
             if isinstance(model, PeftModel):
                 write_training_state(model, folder, self.initial)
+        if self.args.should_save:
+            open_to_umask(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Set what was trained; PEFT would take up training of parameters that a method keeps frozen."""
@@ -380,5 +404,5 @@ def _autocast(arguments: TrainingArguments) -> Callable[[], Any]:
     """The precision of evaluation: that of training, before the first step as after the last."""
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     if dtype is None:
-        return contextlib.nullcontext
+        return nullcontext
     return lambda: torch.autocast(arguments.device.type, dtype=dtype)

@@ -32,7 +32,7 @@ def build_training_arguments(values: Mapping[str, Any], checkpoints: Path) -> Tr
         **values,
         "output_dir": str(checkpoints),
         "do_train": True,
-        "disable_tqdm": True,  # its bar and its printed dicts are replaced by ours
+        "disable_tqdm": bool(values.get("disable_tqdm")),  # transformers' depends on how loud its logger is
         "label_names": ["labels"],
         "remove_unused_columns": False,  # the collator reads the lengths of documents, which no model takes
         "push_to_hub": False,  # done once the run is finished, after a check of what goes up

@@ -71,16 +71,17 @@ def test_adapter_starts_as_the_base_and_reloads_and_merges_as_trained(model_type
     before = logits(base)
     base.save_pretrained(tmp_path / "base")
     model = wrap(base, plan_adapter(base, LORA))
-    assert difference(logits(model), before) == 0.0
+    # not 0: where a tensor lies in memory may change the order of a sum
+    assert difference(logits(model), before) < 1e-5
     perturb(model)
     trained = logits(model)
     assert difference(trained, before) > 1e-3
     save_adapter(model, tmp_path / "adapter", base_name="base")
 
     plain = PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    assert difference(logits(plain), trained) == 0.0
+    assert difference(logits(plain), trained) < 1e-5
     ours = load_adapter(AutoModelForMaskedLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    assert difference(logits(ours), trained) == 0.0
+    assert difference(logits(ours), trained) < 1e-5
 
     tied = is_tied(ours)
     report = merge_adapter(ours, letter_tokenizer(), tmp_path / "merged")
@@ -114,7 +115,7 @@ def test_fresh_head_is_trained_shipped_and_the_same_after_reloading(model_type: 
 
     torch.manual_seed(99)  # another random head
     again = PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(folder), tmp_path / "adapter")
-    assert difference(logits(again), trained) == 0.0
+    assert difference(logits(again), trained) < 1e-5
     report = merge_adapter(again, letter_tokenizer(), tmp_path / "merged")
     assert report.max_abs_logit_diff < 1e-5
     assert difference(logits(AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")), trained) < 1e-5

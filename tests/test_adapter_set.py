@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import peft_mlm
 from peft_mlm.adapter import plan_adapter, save_adapter, wrap
@@ -18,7 +19,7 @@ from peft_mlm.errors import AdapterError, DataError, ModelError
 from peft_mlm.fingerprint import write_fingerprint
 from peft_mlm.loading import load
 from peft_mlm.model import load_base
-from tests.tiny import logits_at, perturb, save_base
+from tests.tiny import logits_at, perturb, same, save_base
 
 IDS = torch.tensor([[0, 5, 9, 4, 13, 4, 20, 2], [0, 6, 4, 8, 8, 17, 24, 2]])
 
@@ -65,19 +66,59 @@ def alone(path: str) -> torch.Tensor:
 
 def test_the_first_is_in_use_and_each_is_what_it_is_alone(together: AdapterSet, paths: dict[str, str]) -> None:
     assert (together.names, together.active) == (["mouse", "human", "query"], "mouse")
-    assert torch.equal(logits_at(together.model, IDS), alone(paths["mouse"]))
+    assert same(logits_at(together.model, IDS), alone(paths["mouse"]))
     for name in ("query", "human", "mouse", "human"):
-        assert torch.equal(logits_at(together.use(name), IDS), alone(paths[name]))
+        assert same(logits_at(together.use(name), IDS), alone(paths[name]))
     assert not any(p.requires_grad for p in together.model.parameters())
 
 
 def test_none_is_the_base(together: AdapterSet, base_folder: Path) -> None:
     base = logits_at(load(str(base_folder)).model, IDS)
-    assert torch.equal(logits_at(together.use(None), IDS), base)
+    assert same(logits_at(together.use(None), IDS), base)
     assert together.active is None
     mixed = together.logits(IDS, torch.ones_like(IDS), [None, None])
     assert torch.equal(mixed, base)
     assert together.active is None
+
+
+def state_of_switch(model: Any) -> list[Any]:
+    """All that PEFT sets when it switches."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    grads = [name for name, p in model.named_parameters() if p.requires_grad]
+    told = [(layer.active_adapters, layer.disable_adapters, layer.merged) for layer in layers]
+    return [model.active_adapter, model.active_adapters, model.base_model.active_adapter, told, grads]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_switch_leaves_what_pefts_own_leaves(
+    together: AdapterSet, base_folder: Path, tmp_path: Path, changed: bool
+) -> None:
+    if changed:
+        together.add("more", make(base_folder, tmp_path / "more", 11))
+        together.remove("mouse")
+    names = together.names
+    for name in (*names, None, names[-1], names[0], None, names[0]):
+        ours = state_of_switch(together.use(name))
+        assert together._layers  # PEFT's was not asked
+        if name is None:
+            together.model.base_model.disable_adapter_layers()
+        else:
+            together.model.base_model.enable_adapter_layers()
+            together.model.set_adapter(together._inner[name], inference_mode=True)
+        assert ours == state_of_switch(together.model)
+
+
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["dense"]}, {"peft_method": "ln_tuning"}, {"peft_method": "unilora"}], ids=str
+)
+def test_where_there_is_more_to_switch_peft_does_it(base_folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    paths = {str(seed): make(base_folder, tmp_path / str(seed), seed, **options) for seed in (1, 2)}
+    both = load_adapters(paths, base=str(base_folder))
+    base = logits_at(load(str(base_folder)).model, IDS)
+    for name in ("2", "1", None, "2", None, "1"):
+        expected = base if name is None else alone(paths[name])
+        assert same(logits_at(both.use(name), IDS), expected)
+    assert not both._layers
 
 
 def test_the_base_is_in_memory_once(together: AdapterSet, base_folder: Path) -> None:
@@ -118,8 +159,8 @@ def test_one_is_replaced_by_one_of_another_rank_without_touching_base_or_others(
         together.replace("human", new)
         assert together.active == in_use
     assert together.model.get_input_embeddings().weight is embeddings
-    assert torch.equal(logits_at(together.use("human"), IDS), alone(new))
-    assert torch.equal(logits_at(together.use("mouse"), IDS), alone(paths["mouse"]))
+    assert same(logits_at(together.use("human"), IDS), alone(new))
+    assert same(logits_at(together.use("mouse"), IDS), alone(paths["mouse"]))
     assert len(together.model.peft_config) == 3
 
 
@@ -134,8 +175,8 @@ def test_one_is_replaced_by_one_of_its_kind_and_another_alpha(
             together.replace("human", path)
             assert together.active == in_use
     assert set(together.model.peft_config) == layers  # swapped in place
-    assert torch.equal(logits_at(together.use("human"), IDS), alone(new))
-    assert torch.equal(logits_at(together.use("mouse"), IDS), alone(paths["mouse"]))
+    assert same(logits_at(together.use("human"), IDS), alone(new))
+    assert same(logits_at(together.use("mouse"), IDS), alone(paths["mouse"]))
     together.use("human")
     together.model.save_pretrained(str(tmp_path / "saved"), selected_adapters=[together.model.active_adapter])
     (saved,) = (tmp_path / "saved").glob("*/adapter_config.json")
@@ -154,7 +195,7 @@ def test_one_of_its_kind_in_its_place_computes_what_it_computes_alone(
     old, new = (make(base_folder, tmp_path / str(seed), seed, **options) for seed in (1, 2))
     together = load_adapters({"one": old}, base=str(base_folder))
     together.replace("one", new)
-    assert torch.equal(logits_at(together.model, IDS), alone(new))
+    assert same(logits_at(together.model, IDS), alone(new))
 
 
 def test_a_refused_replacement_leaves_the_old_one(
@@ -169,7 +210,7 @@ def test_a_refused_replacement_leaves_the_old_one(
     with pytest.raises(AdapterError, match=r"no adapter 'rat' here. Adapters: mouse, human, query"):
         together.replace("rat", paths["mouse"])
     assert together.names == ["mouse", "human", "query"]
-    assert torch.equal(logits_at(together.use("human"), IDS), alone(paths["human"]))
+    assert same(logits_at(together.use("human"), IDS), alone(paths["human"]))
     together.replace("human", foreign, any_base=True)
     assert not torch.equal(logits_at(together.use("human"), IDS), alone(paths["human"]))
 
@@ -177,17 +218,17 @@ def test_a_refused_replacement_leaves_the_old_one(
 def test_adapters_are_added_and_removed(together: AdapterSet, paths: dict[str, str]) -> None:
     together.add("again", paths["human"])
     assert together.active == "mouse"
-    assert torch.equal(logits_at(together.use("again"), IDS), alone(paths["human"]))
+    assert same(logits_at(together.use("again"), IDS), alone(paths["human"]))
     together.remove("again")
     assert together.active is None
     together.remove("mouse")
-    assert torch.equal(logits_at(together.use("query"), IDS), alone(paths["query"]))
+    assert same(logits_at(together.use("query"), IDS), alone(paths["query"]))
     together.remove("human")
     with pytest.raises(AdapterError, match="only adapter"):
         together.remove("query")
     with pytest.raises(AdapterError, match="already"):
         together.add("query", paths["human"])
-    assert torch.equal(logits_at(together.model, IDS), alone(paths["query"]))
+    assert same(logits_at(together.model, IDS), alone(paths["query"]))
 
 
 def test_as_many_names_as_rows_are_needed(together: AdapterSet) -> None:
@@ -205,7 +246,7 @@ def test_an_adapter_of_another_base_is_refused(
         with pytest.raises(AdapterError, match=r"is not the base that the adapter .*foreign was trained on"):
             load_adapters(given, base=None if base is None else str(base))
     both = load_adapters({"mouse": paths["mouse"], "foreign": foreign}, any_base=True)
-    assert torch.equal(logits_at(both.model, IDS), alone(paths["mouse"]))
+    assert same(logits_at(both.model, IDS), alone(paths["mouse"]))
 
 
 def test_without_a_fingerprint_the_bases_must_have_one_name(
@@ -222,14 +263,14 @@ def test_without_a_fingerprint_the_bases_must_have_one_name(
 
 def test_new_tokens_must_be_the_same_in_all(paths: dict[str, str], base_folder: Path, tmp_path: Path) -> None:
     one = make(base_folder, tmp_path / "one", 6, add_tokens=["xy", "yz"])
-    same = make(base_folder, tmp_path / "same", 7, add_tokens=["xy", "yz"])
+    alike = make(base_folder, tmp_path / "same", 7, add_tokens=["xy", "yz"])
     swapped = make(base_folder, tmp_path / "swapped", 8, add_tokens=["yz", "xy"])
-    both = load_adapters({"one": one, "same": same})
-    for name, path in (("same", same), ("one", one), ("same", same)):
-        assert torch.equal(logits_at(both.use(name), IDS), alone(path))
+    both = load_adapters({"one": one, "alike": alike})
+    for name, path in (("alike", alike), ("one", one), ("alike", alike)):
+        assert same(logits_at(both.use(name), IDS), alone(path))
     assert both.tokenizer("xy")["input_ids"] == [0, 25, 2]
     with pytest.raises(AdapterError, match=r"cannot be mixed .* rows of tokens"):
-        both.logits(IDS, torch.ones_like(IDS), ["one", "same"])
+        both.logits(IDS, torch.ones_like(IDS), ["one", "alike"])
     with pytest.raises(AdapterError, match="swapped has another vocabulary"):
         load_adapters({"one": one, "swapped": swapped})
     for order in (("one", "mouse"), ("mouse", "one")):
@@ -245,7 +286,7 @@ def test_a_quantised_base_is_shared_by_adapters_trained_on_it(
         (Path(path) / "base_recipe.json").write_text(json.dumps({"load_in_4bit": True}))
     both = load_adapters(four)
     for name, path in zip(("x", "y"), four, strict=True):
-        assert torch.equal(logits_at(both.use(name), IDS), alone(path))
+        assert same(logits_at(both.use(name), IDS), alone(path))
     with pytest.raises(AdapterError, match="prepared in different ways"):
         load_adapters({"x": four[0], "mouse": paths["mouse"]})
     with pytest.raises(AdapterError, match="prepared in another way"):

@@ -16,7 +16,7 @@ from peft_mlm.errors import AdapterError
 from peft_mlm.loading import load
 from peft_mlm.model import load_base
 from tests.matrix_of_methods import cells, options_of, quietly
-from tests.tiny import difference, logits_at, perturb, save_base
+from tests.tiny import difference, logits_at, perturb, same, save_base
 
 IDS = torch.tensor([[0, 5, 9, 4, 13, 4, 20, 2], [0, 6, 4, 8, 8, 17, 24, 2], [0, 5, 9, 7, 4, 12, 20, 2]])
 MASK = torch.ones_like(IDS)
@@ -70,7 +70,7 @@ def options_of_cell(method: str, variant: str | None) -> dict[str, Any]:
 def check_switching(together: AdapterSet, expected: dict[str | None, torch.Tensor]) -> None:
     """Each adapter, in any order, and the base between them."""
     for name in (*expected, *reversed(expected)):
-        assert torch.equal(logits_at(together.use(name), IDS), expected[name]), name
+        assert same(logits_at(together.use(name), IDS), expected[name]), name
 
 
 @pytest.mark.parametrize(("method", "variant"), cells())

@@ -24,11 +24,13 @@ ARGUMENTS = {
     "inspect": ("base",),
     "verify": (),
     "push": ("private", "revision", "commit_message", "dry_run"),
+    "doctor": (),
     "demo": ("output_dir",),
 }
 # The signal comes while the command reads standard input.
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
 from peft_mlm.cli import main
 
 class Stdin:

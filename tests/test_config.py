@@ -247,24 +247,18 @@ def test_help_shows_our_defaults():
 
 
 LIGHT = """
-import sys, time
-start = time.process_time()
+import sys
 from peft_mlm.config import *
 read_arguments(sys.argv[1], ["--lora_r", "4", "--lora_target_modules", "query", "value"])
 describe_help()
-print(time.process_time() - start)
 heavy = {"torch", "transformers", "peft", "datasets", "numpy", "accelerate"} & set(sys.modules)
 assert not heavy, heavy
 """
 
 
-def test_reading_and_help_take_little_time_and_import_nothing_heavy(tmp_path):
+def test_reading_and_help_import_nothing_heavy(tmp_path):
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(WALK_THROUGH))
-    seconds = []
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", LIGHT, tmp_path / "a.yaml"], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        seconds.append(float(done.stdout))
-    assert min(seconds) < 0.2
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, tmp_path / "a.yaml"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

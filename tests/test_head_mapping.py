@@ -19,7 +19,7 @@ from peft_mlm.errors import ModelError
 from peft_mlm.head_mapping import open_checkpoint, rename_checkpoint
 from peft_mlm.merging import is_tied, merge_adapter
 from peft_mlm.model import Base, load_base
-from tests.tiny import MODEL_TYPES, letter_tokenizer, perturb, save_base, tiny_model
+from tests.tiny import MODEL_TYPES, letter_tokenizer, perturb, same, save_base, tiny_model
 
 IDS = torch.tensor([[0, 5, 9, 4, 13, 4, 20, 2], [0, 6, 4, 8, 8, 17, 24, 2]])
 # The same head by the names of each family: dense, norm, bias of the decoder.
@@ -105,7 +105,7 @@ def test_a_head_of_another_family_is_loaded_by_role(model_type: str, spelling: s
         return
     rename(folder, names)
     base = load(folder)
-    assert torch.equal(logits(base.model), expected)
+    assert same(logits(base.model), expected)
     assert base.fresh_parameters == ()
     assert is_tied(base.model)
     assert base.renamed_weights
@@ -121,7 +121,7 @@ def test_a_head_without_biases_or_with_a_decoder_of_its_own_is_loaded(model_type
     base = load(folder)
     assert base.fresh_parameters == ()
     assert base.renamed_weights
-    assert torch.equal(logits(base.model), expected)
+    assert same(logits(base.model), expected)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "nomic_bert"])
@@ -133,7 +133,7 @@ def test_a_model_with_a_mapped_head_is_saved_and_merged_under_its_own_names(mode
     rename(folder, {"cls.predictions.transform.layer_norm": "lm_head.layer_norm"})
     base = load(folder)
     base.model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(plain_logits(tmp_path / "saved"), logits(base.model))
+    assert same(plain_logits(tmp_path / "saved"), logits(base.model))
     assert set(load_file(tmp_path / "saved" / "model.safetensors")) == own_names
     model = wrap(base.model, plan_adapter(base.model, PEFTArguments(use_lora=True)))
     perturb(model)
@@ -151,7 +151,7 @@ def test_old_names_of_a_norm_and_a_second_copy_of_the_bias_are_understood(tmp_pa
         {"lm_head.layer_norm.weight": "lm_head.LayerNorm.gamma", "lm_head.layer_norm.bias": "lm_head.LayerNorm.beta"},
     )
     rewrite(folder, lambda t: {**t, "lm_head.decoder.bias": t["lm_head.bias"].clone()})
-    assert torch.equal(logits(load(folder).model), expected)
+    assert same(logits(load(folder).model), expected)
 
 
 def test_the_matrix_of_a_mapped_head_stays_apart_if_it_is_another_than_the_embeddings(tmp_path: Path) -> None:
@@ -282,12 +282,12 @@ def test_a_whole_model_behind_a_prefix_is_loaded(prefix: str, model_type: str, t
     expected = plain_logits(folder)
     rename(folder, {"": prefix})
     base = load(folder)
-    assert torch.equal(logits(base.model), expected)
+    assert same(logits(base.model), expected)
     assert base.fresh_parameters == ()
     if (model_type, prefix) != ("modernbert", "model."):  # transformers takes a second "model." off by itself
         assert f"mapped, {prefix}" in base.notices[0]
     base.model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(plain_logits(tmp_path / "saved"), expected)
+    assert same(plain_logits(tmp_path / "saved"), expected)
 
 
 def test_an_encoder_behind_a_prefix_with_a_head_of_another_name_is_loaded(tmp_path: Path) -> None:
@@ -296,9 +296,9 @@ def test_an_encoder_behind_a_prefix_with_a_head_of_another_name_is_loaded(tmp_pa
     rename(folder, BERT_HEAD)
     rename(folder, {"": "module.", "lm_head": "module.lm_head"})
     base = load(folder)
-    assert torch.equal(logits(base.model), expected)
+    assert same(logits(base.model), expected)
     rename(folder, {"module.bert.": "module."})
-    assert torch.equal(logits(load(folder).model), expected)
+    assert same(logits(load(folder).model), expected)
 
 
 def test_an_encoder_of_another_architecture_is_refused_with_what_the_checkpoint_holds(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_checkpoint_in_several_files_is_read_by_its_index(tmp_path: Path) -> N
     index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert open_checkpoint(str(folder)).shapes == {name: tuple(tensor.shape) for name, tensor in held.items()}
-    assert torch.equal(logits(load(folder).model), expected)
+    assert same(logits(load(folder).model), expected)
 
 
 def test_a_checkpoint_that_lies_in_the_cache_of_the_hub_is_looked_at_there(tmp_path: Path) -> None:

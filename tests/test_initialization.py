@@ -269,7 +269,7 @@ def test_loftq_starts_at_what_the_base_has_lost(kind: str, float_folder: Path, t
 
     perturb(model)
     again = load_adapter(quantised(float_folder, kind), save(model, initial, tmp_path / "adapter"))
-    assert difference(logits(again), logits(model)) == 0.0
+    assert difference(logits(again), logits(model)) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -69,5 +69,7 @@ def test_the_public_names_are_those_of_their_modules() -> None:
         assert function.__name__ == name
         assert function.__module__.startswith("peft_mlm.")
     assert set(peft_mlm.__all__) <= set(dir(peft_mlm))
-    with pytest.raises(AttributeError, match="evaluate, export, extract, fill_mask, inspect, load, merge, push, train"):
+    with pytest.raises(
+        AttributeError, match="doctor, evaluate, export, extract, fill_mask, inspect, load, merge, push"
+    ):
         peft_mlm.nothing  # noqa: B018

@@ -28,7 +28,7 @@ from peft_mlm.positions import position_limit
 from peft_mlm.targets import encoder_linears
 from peft_mlm.tokenization import special_token_frame
 from tests.matrix_of_types import ONLY_FLOAT32, run_type
-from tests.tiny import letter_tokenizer, save_base, save_texts, tiny_config, tiny_model
+from tests.tiny import letter_tokenizer, same, save_base, save_texts, tiny_config, tiny_model
 
 USABLE = sorted(name for name, row in MODEL_TYPES.items() if row.refusal is None)
 REFUSED = sorted(set(MODEL_TYPES) - set(USABLE))
@@ -66,7 +66,9 @@ def test_adapter_is_right_at_every_step_from_training_to_the_merged_model(model_
     assert record.train < (
         1e-4 if model_type in ONLY_FLOAT32 else 1e-12
     )  # the head runs on other rows at a time, which may change the order of a sum
-    assert (record.reload, record.reload_float64) == (0.0, 0.0)
+    # not 0: where a tensor lies in memory may change the order of a sum
+    assert record.reload < 1e-5
+    assert record.reload_float64 < (1e-5 if model_type in ONLY_FLOAT32 else 1e-12)
     assert record.merge < 1e-5
     assert record.merge_float64 < 1e-5
     assert record.parameters == sum(p.numel() for p in tiny(model_type).parameters())
@@ -270,7 +272,7 @@ def test_big_bird_gives_a_long_row_the_same_logits_whatever_came_before(tmp_path
     assert any("full attention" in notice for notice in base.notices)
     before = logits(base.model, random_row(60))
     logits(base.model)
-    assert torch.equal(logits(base.model, random_row(60)), before)
+    assert same(logits(base.model, random_row(60)), before)
 
 
 @pytest.mark.parametrize("model_type", ["modernvbert", "ultravbert"])

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +88,28 @@ def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         write(fail=True)
     assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == ["one", "two"]
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("when", ["gone", "held"])
+def test_a_folder_that_is_taken_for_a_leftover_before_it_is_held_is_made_anew(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = tempfile.mkdtemp, []
+
+    def taken(**options: Any) -> str:
+        folder = make(**options)
+        made.append(folder)
+        if len(made) == 1 and when == "gone":
+            Path(folder).rmdir()
+        if len(made) == 1 and when == "held":
+            fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", taken)
+    with staged(tmp_path / "adapter") as folder:
+        (folder / "one").write_text("1")
+    assert len(made) == 2
+    assert (tmp_path / "adapter" / "one").read_text() == "1"
 
 
 def test_json_files_are_json_even_where_a_figure_is_not_finite(tmp_path: Path) -> None:

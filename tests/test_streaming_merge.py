@@ -127,6 +127,26 @@ def test_shards_stay_shards_in_every_type(stored: str, tmp_path: Path) -> None:
             assert index["metadata"]["total_size"] == sum(t.nbytes for t in weights(ours).values())
 
 
+@pytest.mark.parametrize("case", ["dora", "lora bias", "tokens and dora"])
+def test_layers_whose_parts_lie_in_several_files(case: str, tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "base", max_shard_size="4KB")  # weight and bias of a layer apart
+    letter_tokenizer().save_pretrained(tmp_path / "base")
+    adapter = lora(tmp_path / "base", tmp_path / "adapter", **CASES[case])
+    theirs = weights(built(tmp_path / "base", adapter, tmp_path / "built"))
+    assert same(weights(streamed(tmp_path / "base", adapter, tmp_path / "streamed")), theirs)
+
+
+def test_an_error_in_one_of_many_files_is_that_of_the_merge(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "base", max_shard_size="4KB")
+    letter_tokenizer().save_pretrained(tmp_path / "base")
+    adapter = lora(tmp_path / "base", tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    first = min(name for name in tensors if "lora_B" in name)
+    save_file(tensors | {first: tensors[first] * float("nan")}, adapter / "adapter_model.safetensors")
+    with pytest.raises(MergeError, match="not finite in float32"):
+        streamed(tmp_path / "base", adapter, tmp_path / "merged")
+
+
 def test_what_the_adapter_does_not_change_is_copied_as_it_is_and_what_the_model_lacks_is_kept(
     bert: Path, tmp_path: Path
 ) -> None:

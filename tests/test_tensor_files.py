@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_mlm import tensor_files
 from peft_mlm.errors import ModelError
+from peft_mlm.followed_files import FollowedFiles
 from peft_mlm.tensor_files import (
     TYPES,
     Part,
@@ -22,7 +24,6 @@ from peft_mlm.tensor_files import (
     read_values,
     same_bytes,
     stored_tensors,
-    write_tensors,
 )
 
 
@@ -36,6 +37,12 @@ def example() -> dict[str, torch.Tensor]:
 def stored(tmp_path: Path) -> dict[str, StoredTensor]:
     save_file(example(), tmp_path / "some.safetensors", metadata={"format": "pt"})
     return {tensor.name: tensor for tensor in stored_tensors(tmp_path / "some.safetensors")}
+
+
+def write_tensors(file: Path, parts: list[Part]) -> None:
+    with FollowedFiles() as followed:
+        tensor_files.write_tensors(file, parts, followed)
+    assert followed.sums == {file: hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def part(tensor: StoredTensor) -> Part:

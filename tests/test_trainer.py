@@ -248,9 +248,7 @@ def test_transformers_own_refusals_are_arguments_errors(tmp_path: Path) -> None:
         build_training_arguments({"optim": "no_such_optimizer"}, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"optim": "galore_adamw"}, {"use_liger_kernel": True}, {"report_to": "tensorboard"}]
-)
+@pytest.mark.parametrize("settings", [{"optim": "galore_adamw"}, {"use_liger_kernel": True}, {"report_to": "swanlab"}])
 def test_a_package_that_an_argument_needs_is_named_before_training(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ArgumentsError, match="install"):
         make_trainer(tmp_path, adapted(), letter_rows(4), **settings)

@@ -19,7 +19,7 @@ from peft_mlm.heads import tied_parameters
 from peft_mlm.merging import is_tied, merge_adapter
 from peft_mlm.model import Base, load_base
 from peft_mlm.untying import decoder_reads_embeddings, keep_ties_of_checkpoint, untie_embeddings
-from tests.tiny import MODEL_TYPES, difference, letter_tokenizer, logits_at, perturb, save_base, tiny_model
+from tests.tiny import MODEL_TYPES, difference, letter_tokenizer, logits_at, perturb, same, save_base, tiny_model
 
 IDS = torch.tensor([[0, 5, 9, 4, 13, 4, 20, 2], [0, 6, 4, 8, 8, 17, 24, 2]])
 FEW_TYPES = ("bert", "esm", "modernbert", "electra")
@@ -57,7 +57,7 @@ def test_adapters_on_both_ends_of_an_untied_model_reload_and_merge_as_trained(mo
     folder = save_base(tmp_path / "base", model_type)
     before = logits(plain(folder))
     base = untied(folder)
-    assert torch.equal(logits(base.model), before)
+    assert same(logits(base.model), before)
     assert not tied_parameters(base.model)
     assert base.model.config.tie_word_embeddings is False
     assert any("changes nothing" in notice for notice in base.notices) == (not is_tied(plain(folder)))
@@ -71,14 +71,14 @@ def test_adapters_on_both_ends_of_an_untied_model_reload_and_merge_as_trained(mo
     assert difference(trained, before) > 1e-2
     save_adapter(model, tmp_path / "adapter", base_name="base")
     again = load_adapter(untied(folder).model, tmp_path / "adapter")
-    assert torch.equal(logits(again), trained)
+    assert same(logits(again), trained)
     report = merge_adapter(again, letter_tokenizer(), tmp_path / "merged")
     assert report.max_abs_logit_diff < 1e-5 * max(1, report.max_abs_logit)
     merged = plain(tmp_path / "merged")
     assert difference(logits(merged), trained) < 2e-5
     assert merged.config.tie_word_embeddings is False
     merged.save_pretrained(tmp_path / "twice")
-    assert torch.equal(logits(plain(tmp_path / "twice")), logits(merged))
+    assert same(logits(plain(tmp_path / "twice")), logits(merged))
 
 
 @pytest.mark.parametrize("model_type", ["bert", "modernbert"])
@@ -96,7 +96,7 @@ def test_an_adapter_on_one_end_moves_that_end_alone(model_type: str, option: str
     merged = plain(tmp_path / "merged")
     assert difference(logits(merged), trained) < 1e-5
     after = [merged.get_submodule(name).weight for name in ends]
-    assert difference(after[1 - end], before[1 - end]) == 0
+    assert difference(after[1 - end], before[1 - end]) < 1e-5
     assert difference(after[end], before[end]) > 1e-3
 
 
@@ -111,7 +111,7 @@ def test_on_the_tied_base_plain_peft_merges_wrong_what_it_loads_right(tmp_path: 
         trained = logits(model)
         save_adapter(model, tmp_path / str(number), base_name="base")
         loaded = PeftModel.from_pretrained(plain(folder), tmp_path / str(number))
-        assert difference(logits(loaded), trained) == 0
+        assert difference(logits(loaded), trained) < 1e-5
         loaded.merge_and_unload().save_pretrained(tmp_path / f"merged{number}")
         assert difference(logits(plain(tmp_path / f"merged{number}")), trained) > 0.05
 
@@ -142,7 +142,7 @@ def test_plain_transformers_starts_a_random_decoder_where_it_is_told_not_to_tie(
     expected = logits(plain(folder))
     theirs = AutoModelForMaskedLM.from_pretrained(folder, tie_word_embeddings=False)
     assert difference(logits(theirs), expected) > 0.1
-    assert torch.equal(logits(untied(folder).model), expected)
+    assert same(logits(untied(folder).model), expected)
 
 
 @pytest.mark.parametrize("model_type", FEW_TYPES)
@@ -151,7 +151,7 @@ def test_a_vocabulary_grown_before_untying_has_new_rows_on_both_ends(model_type:
     letter_tokenizer(extra=["<new1>", "<new2>"]).save_pretrained(tmp_path / "longer")
     base = untied(folder, tokenizer_name=str(tmp_path / "longer"))
     tied = load_base(ModelArguments(model_name_or_path=str(folder), tokenizer_name=str(tmp_path / "longer")))
-    assert torch.equal(logits(base.model), logits(tied.model))
+    assert same(logits(base.model), logits(tied.model))
     assert not tied_parameters(base.model)
     assert base.new_token_ids == (25, 26)
     for end in both_ends(base.model):
@@ -162,7 +162,7 @@ def test_a_vocabulary_grown_before_untying_has_new_rows_on_both_ends(model_type:
     base.model.save_pretrained(tmp_path / "trained")
     again = plain(tmp_path / "trained")
     assert again.config.tie_word_embeddings is False
-    assert torch.equal(logits(again), logits(base.model))
+    assert same(logits(again), logits(base.model))
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -189,7 +189,7 @@ def test_a_decoder_that_the_checkpoint_holds_apart_is_kept_apart(model_type: str
     assert base.model.config.tie_word_embeddings is False
     assert any(f"{decoder}.weight apart from" in notice for notice in base.notices)
     base.model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(logits(plain(tmp_path / "saved")), logits(base.model))
+    assert same(logits(plain(tmp_path / "saved")), logits(base.model))
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -204,12 +204,12 @@ def test_of_two_biases_in_the_checkpoint_the_decoders_own_is_used_and_said(model
     expected = logits(plain(folder))
     assert difference(expected, logits(model)) > 0.1
     base = load_base(ModelArguments(model_name_or_path=str(folder)))
-    assert torch.equal(logits(base.model), expected)
+    assert same(logits(base.model), expected)
     assert is_tied(base.model)
     assert base.model.get_parameter(target) is base.model.get_parameter(source)
     assert any(target in notice for notice in base.notices)
     base.model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(logits(plain(tmp_path / "saved")), expected)
+    assert same(logits(plain(tmp_path / "saved")), expected)
 
 
 def test_an_untied_model_that_grows_keeps_the_bias_of_its_decoder(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_an_untied_model_that_grows_keeps_the_bias_of_its_decoder(tmp_path: Path
     base = load_base(ModelArguments(model_name_or_path=str(folder), tokenizer_name=str(tmp_path / "longer")))
     assert not tied_parameters(base.model)
     base.model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(logits(plain(tmp_path / "saved")), logits(base.model))
+    assert same(logits(plain(tmp_path / "saved")), logits(base.model))
 
 
 @pytest.mark.parametrize("model_type", ["deberta", "deberta-v2"])
@@ -278,7 +278,7 @@ def test_the_recipe_beside_the_adapter_says_that_the_base_was_untied(base_folder
     assert json.loads((run.run_folder / "adapter" / "base_recipe.json").read_text()) == {"untie_embeddings": True}
     loaded = load(str(run.run_folder))
     assert not tied_parameters(loaded.model.get_base_model())
-    assert torch.equal(logits(loaded.model), logits(run.model))
+    assert same(logits(loaded.model), logits(run.model))
     assert difference(logits(loaded.model), logits(plain(base_folder))) > 1e-3
     figures = peft_mlm.evaluate(str(run.run_folder))
     assert figures["loss"] == pytest.approx(run.metrics["adapted"]["loss"])
@@ -311,4 +311,4 @@ def test_a_whole_model_is_trained_untied_and_loaded_by_plain_transformers(base_f
         assert model.config.tie_word_embeddings is False
         assert not tied_parameters(model)
         assert difference(model.get_input_embeddings().weight, model.get_output_embeddings().weight) > 1e-3
-        assert torch.equal(logits(model), logits(run.model))
+        assert same(logits(model), logits(run.model))

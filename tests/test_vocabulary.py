@@ -19,7 +19,7 @@ from peft_mlm.errors import AdapterError, ModelError
 from peft_mlm.merging import is_tied, merge_adapter
 from peft_mlm.model import Base, load_base
 from peft_mlm.vocabulary import fit_vocabulary, growth_code, row_tables
-from tests.tiny import MODEL_TYPES, difference, letter_tokenizer, perturb, save_base, save_encoder, tiny_model
+from tests.tiny import MODEL_TYPES, difference, letter_tokenizer, perturb, same, save_base, save_encoder, tiny_model
 
 # Types with something of their own to grow: columns beside the decoder, tables beside the embeddings, sizes that
 # modules keep, decoders that are not tied, a config that does not say that they are.
@@ -76,7 +76,8 @@ def test_a_grown_model_is_the_old_one_and_is_read_back_by_plain_transformers(mod
     base = base_with_tokens(folder)
     assert base.new_token_ids == (25, 26, 27)
     assert is_tied(base.model) == is_tied(old)
-    assert difference(logits(base.model.double(), OLD)[..., :25], logits(old.double(), OLD)) == 0.0
+    # more columns: a matrix product may add up in another order
+    assert difference(logits(base.model.double(), OLD)[..., :25], logits(old.double(), OLD)) < 1e-12
     base.model.float()
     loss = base.model(input_ids=OLD, labels=torch.where(OLD == 4, 27, -100)).loss
     assert torch.isfinite(loss)
@@ -84,8 +85,8 @@ def test_a_grown_model_is_the_old_one_and_is_read_back_by_plain_transformers(mod
     again, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "grown", output_loading_info=True)
     assert (set(report["missing_keys"]), set(report["unexpected_keys"])) == (set(), set())
     assert again.config.get_text_config().vocab_size == 28
-    assert torch.equal(logits(again), logits(base.model))
-    assert torch.equal(logits(base_with_tokens(folder).model), logits(base.model))
+    assert same(logits(again), logits(base.model))
+    assert same(logits(base_with_tokens(folder).model), logits(base.model))
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -112,7 +113,7 @@ def test_rows_move_at_both_ends_and_every_way_of_loading_gives_the_trained_model
     again = load_base(ModelArguments(model_name_or_path=str(folder), tokenizer_name=str(tmp_path / "adapter")))
     assert again.new_token_ids == base.new_token_ids
     ours = load_adapter(again.model, tmp_path / "adapter")
-    assert torch.equal(logits(ours), trained)
+    assert same(logits(ours), trained)
     expected = logits(ours.double())
     plain = PeftModel.from_pretrained(plain_base(folder, base.growth_code), tmp_path / "adapter").merge_and_unload()
     assert difference(logits(plain.double()), expected) < 1e-6
@@ -194,7 +195,7 @@ def test_spare_rows_of_a_padded_matrix_are_new_rows(tmp_path: Path) -> None:
     trained = logits(trained_adapter(more, tmp_path / "adapter"))
     again = load_base(ModelArguments(model_name_or_path=str(folder), tokenizer_name=str(tmp_path / "adapter")))
     assert again.new_token_ids == more.new_token_ids
-    assert torch.equal(logits(load_adapter(again.model, tmp_path / "adapter")), trained)
+    assert same(logits(load_adapter(again.model, tmp_path / "adapter")), trained)
     auto = AutoPeftModel.from_pretrained(tmp_path / "adapter").merge_and_unload()
     assert difference(logits(auto), trained) < 1e-5
 
@@ -207,7 +208,7 @@ def test_new_rows_go_beside_variants_and_trained_parts_of_the_head(options: dict
     folder = save_base(tmp_path / "base", "bert")
     trained = logits(trained_adapter(base_with_tokens(folder), tmp_path / "adapter", PEFTArguments(True, **options)))
     again = load_base(ModelArguments(model_name_or_path=str(folder), tokenizer_name=str(tmp_path / "adapter")))
-    assert torch.equal(logits(load_adapter(again.model, tmp_path / "adapter")), trained)
+    assert same(logits(load_adapter(again.model, tmp_path / "adapter")), trained)
     auto = AutoPeftModel.from_pretrained(tmp_path / "adapter").merge_and_unload()
     assert difference(logits(auto), trained) < 1e-5
 
@@ -216,7 +217,7 @@ def test_new_rows_go_beside_a_fresh_head(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "encoder")
     trained = logits(trained_adapter(base_with_tokens(folder), tmp_path / "adapter"))
     again = load_base(ModelArguments(model_name_or_path=str(folder), tokenizer_name=str(tmp_path / "adapter")))
-    assert torch.equal(logits(load_adapter(again.model, tmp_path / "adapter")), trained)
+    assert same(logits(load_adapter(again.model, tmp_path / "adapter")), trained)
     torch.manual_seed(7)
     auto = AutoPeftModel.from_pretrained(tmp_path / "adapter").merge_and_unload()
     assert difference(logits(auto), trained) < 1e-5
@@ -245,7 +246,7 @@ def test_an_adapter_that_training_goes_on_from_takes_further_tokens(
     trained = logits(model, ids)
     save_adapter(model, tmp_path / "second", base_name=str(folder), tokenizer=wider.tokenizer)
     again = load_base(ModelArguments(model_name_or_path=str(folder), tokenizer_name=str(tmp_path / "second")))
-    assert torch.equal(logits(load_adapter(again.model, tmp_path / "second"), ids), trained)
+    assert same(logits(load_adapter(again.model, tmp_path / "second"), ids), trained)
 
 
 def test_an_adapter_that_cannot_train_rows_takes_no_further_tokens(tmp_path: Path) -> None:

@@ -172,6 +172,14 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return (one - other).abs().max().item()
 
 
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the logits of two models with equal weights agree.
+
+    Not bit by bit: on some processors the order of a sum depends on where a tensor lies in memory.
+    """
+    return difference(one, other) < 1e-5
+
+
 def perturb(model: torch.nn.Module, *, seed: int = 1, scale: float = 0.1) -> None:
     """Move every trainable parameter, as training would, so that an adapter does something."""
     generator = torch.Generator().manual_seed(seed)

@@ -140,15 +140,16 @@ def _convert_method(
     name: str, source: Source, output: Path, rank: int | None, *, base: str | None, any_base: bool
 ) -> dict[str, Any]:
     """Take what an adapter of any method adds to the weights from its merge."""
-    from peft_mlm.derived_adapter import compare_logits, write_derived
+    from peft_mlm.derived_adapter import compare_logits, write_derived, write_record
 
     _check_method(source)
     model, tokenizer, merged, expected = _merge(name, source, base=base, any_base=any_base)
     parts, losses = _as_lora(source, model, merged, rank)
     record = _record(source, rank, parts, losses)
     carried = tokenizer if (source.folder / "tokenizer_config.json").is_file() else None
+    derived = _derived(source, parts, carried, record)
     with staged(output.resolve()) as folder:
-        write_derived(_derived(source, parts, carried, record), folder)
+        write_derived(derived, folder)
         figures = compare_logits(folder, model, tokenizer, expected)
         allowed = 1e-5 * max(1.0, figures["max_abs_logit"])
         if record["relative_error"] <= EXACT and not figures["max_abs_logit_diff"] <= allowed:
@@ -157,7 +158,7 @@ def _convert_method(
                 f"although its matrices lose nothing (allowed: {allowed:.1e}); nothing was written."
             )
         record["logits"] = figures
-        size = write_derived(_derived(source, parts, carried, record), folder)
+        size = write_record(replace(derived, record=record), folder)
     return {"output_dir": str(output), "bytes": size, **record}
 
 
@@ -190,17 +191,15 @@ def _merge(
     from peft_mlm.base_recipe import with_base_recipe
     from peft_mlm.dense_changes import merged_parameters
     from peft_mlm.derived_adapter import logits_of
-    from peft_mlm.loading import load_target, resolve_target
+    from peft_mlm.loading import load_target, prepare_adapter, resolve_target
     from peft_mlm.merge_proof import precise_type, probe_rows
     from peft_mlm.model import load_base, with_tokenizer_of
-    from peft_mlm.quantization import dequantise, is_quantised
+    from peft_mlm.quantization import dequantise
 
     target = resolve_target(name, base=base)
     target = replace(target, base=replace(target.base, dtype="float32"))
-    loaded = load_target(target, any_base=any_base)
-    quantised = is_quantised(loaded.model)
-    if quantised:
-        loaded = load_target(target, any_base=any_base, dequantised=True)
+    quantised = prepare_adapter(target).quantised
+    loaded = load_target(target, any_base=any_base, dequantised=quantised)
     adapted: Any = cast_with_adapter(loaded.model, precise_type(loaded.base.model))
     expected = logits_of(adapted, probe_rows(loaded.base.model, loaded.tokenizer))
     merged = merged_parameters(adapted)

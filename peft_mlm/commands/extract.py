@@ -91,7 +91,7 @@ def extract(
         raise ArgumentsError(f"rank is {rank}: it must be 1 or more.")
     check_new_folder(output)
     from peft_mlm.adapter import cast_with_adapter
-    from peft_mlm.derived_adapter import compare_logits, logits_of, write_derived
+    from peft_mlm.derived_adapter import compare_logits, logits_of, write_derived, write_record
     from peft_mlm.merge_proof import precise_type, probe_rows
 
     tuned, start = _load_both(model, base)
@@ -102,7 +102,7 @@ def extract(
     with staged(output.resolve()) as folder:
         write_derived(derived, folder)
         record["logits"] = compare_logits(folder, start.model, start.tokenizer, expected)
-        size = write_derived(replace(derived, record=record), folder)
+        size = write_record(replace(derived, record=record), folder)
     return {"output_dir": str(output), "bytes": size, **record}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,14 @@ def show(record: dict[str, Any]) -> None:
     print_table(f"{record['kind']} in {record['path']}", None, rows, stream=sys.stdout)
     changes = largest_changes(record, LAYERS_SHOWN)
     if changes:
-        shown = [(_plain(layer["name"]), layer["rank"], layer["scaling"], layer["delta_norm"]) for layer in changes]
+        inside = _common_part([layer["name"] for layer in changes])
+        shown = [
+            (_plain(layer["name"].removeprefix(inside)), layer["rank"], layer["scaling"], layer["delta_norm"])
+            for layer in changes
+        ]
         left = len(record["layers"]) - len(changes)
-        title = "largest changes" + (f" ({left} more layers with --json)" if left else "")
+        title = "largest changes" + (f" in {_plain(inside[:-1])}" if inside else "")
+        title += f" ({left} more layers with --json)" if left else ""
         print_table(title, ("layer", "rank", "scaling", "norm of the change"), shown, stream=sys.stdout)
     for warning in record["warnings"]:
         print(f"  warning: {_plain(warning)}")
@@ -125,6 +131,12 @@ def _show_fit(fit: Mapping[str, Any]) -> None:
     print(f"  base {fit['base']}: {told} ({fit['compared']} layers, {fit['fingerprint']} tensors of the fingerprint)")
     for difference in fit["differences"]:
         print(f"    {_plain(difference)}")
+
+
+def _common_part(names: Sequence[str]) -> str:
+    """Give the parts with which all names begin, with the dots behind them; a layer keeps its last part."""
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{column[0]}." for column in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _several(value: Any) -> str:

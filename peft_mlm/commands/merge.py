@@ -178,8 +178,15 @@ def _resolve_into(into: str | None, target: Target, prepared: Prepared) -> str |
 
 
 def _check_text(target: Target, flags: Sequence[str]) -> None:
-    if flags and target.run is None and "--validation_file" not in flags:
+    if not flags:
+        return
+    if target.run is None and "--validation_file" not in flags:
         raise ArgumentsError("max_eval_samples: of which text? This adapter is of no run: give --validation_file.")
+    if "--validation_file" in flags:
+        from peft_mlm.config import read_arguments
+        from peft_mlm.text_files import find_files
+
+        find_files(read_arguments(None, flags, for_training=False).data.validation_file or ())
 
 
 def _check_choices(dtype: str, into: str | None) -> None:

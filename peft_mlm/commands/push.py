@@ -35,7 +35,8 @@ def push(
 
     Returns:
         `path`, `kind`, `repo_id`, `revision`, `private`, `dry_run`, `files` (bytes by name), `bytes`, `left_out`
-        (names), and `commit` and `url` of the upload (None in a dry run).
+        (names), `notices` (sentences on what those who load it will miss), and of the upload `commit`, `url` and
+        `changed` (False where all was there already); None in a dry run.
 
     Raises:
         ArgumentsError: The name of the repository or the branch cannot be.
@@ -43,7 +44,15 @@ def push(
         DamagedFileError: What lies there is damaged, or is not what was written.
         HubError: Something in it should not leave the machine, or the hub is not reached, or refuses.
     """
-    from peft_mlm.hub import Destination, check_connection, check_destination, open_repository, plan_upload, upload
+    from peft_mlm.hub import (
+        Destination,
+        check_connection,
+        check_destination,
+        missing_for_others,
+        open_repository,
+        plan_upload,
+        upload,
+    )
     from peft_mlm.shipped import find_shipped
 
     check_destination(repo_id, revision)
@@ -62,8 +71,10 @@ def push(
         "files": files,
         "bytes": sum(files.values()),
         "left_out": list(plan.left_out),
+        "notices": missing_for_others(shipped),
         "commit": None,
         "url": None,
+        "changed": None,
     }
     if dry_run:
         return record
@@ -90,9 +101,14 @@ def show(record: dict[str, Any]) -> None:
     rows = [(name, bytes_text(size)) for name, size in record["files"].items()]
     rows.append(("together", bytes_text(record["bytes"])))
     rows += [(name, "left out") for name in record["left_out"]]
-    rows.append(("commit", record["url"] or "none: a dry run"))
+    rows.append(("commit", "none: a dry run" if record["dry_run"] else record["commit"]))
     where = f"{record['repo_id']}, branch {record['revision']}"
-    print_table(f"{'would push' if record['dry_run'] else 'pushed'} to {where}", None, rows, stream=sys.stdout)
+    done = {None: "would push to", True: "pushed to", False: "nothing new: all of it was there already, in"}
+    print_table(f"{done[record['changed']]} {where}", None, rows, stream=sys.stdout)
+    for notice in record["notices"]:
+        print(f"  notice: {notice}")
+    if record["url"]:
+        print(f"  {record['url']}")
 
 
 def help_text() -> str:

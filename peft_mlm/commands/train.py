@@ -16,6 +16,7 @@ from peft_mlm.errors import HubError, PeftMlmError
 from peft_mlm.hub import Destination, destination_of, open_repository, plan_upload, upload
 from peft_mlm.model_checks import check_before_loading, check_training
 from peft_mlm.out_of_memory import memory_told
+from peft_mlm.reporting import asked_reporters, check_reporters
 from peft_mlm.run_folder import (
     RunFolder,
     check_output_dir,
@@ -111,6 +112,7 @@ def run_training(arguments: Arguments) -> TrainResult:
 
 def _run(arguments: Arguments) -> TrainResult:
     started = time.perf_counter()
+    check_reporters(asked_reporters(arguments.training))
     run = RunFolder(Path(arguments.training["output_dir"]).expanduser())
     resume = arguments.training.get("resume_from_checkpoint")
     resume = None if resume in (None, False, "false") else str(resume)
@@ -377,7 +379,7 @@ def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str,
     trainer, validation = prepared.trainer, prepared.corpus.rows.get("validation")
     before = after = None
     if validation is not None:
-        before = trainer.measure_base(label="base model")
+        before = trainer.live_table.base = trainer.measure_base(label="base model")
         _tell([f"base model: perplexity {before.perplexity:.3f}, masked accuracy {before.accuracy:.4f}"])
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if before is not None:
@@ -429,6 +431,8 @@ def _push(run: RunFolder, destination: Destination, summary: dict[str, Any]) -> 
         done = upload(plan_upload(find_shipped(run.path)), destination)
     except PeftMlmError as error:
         later = f"The run is finished and saved; push it later by: peft-mlm push {run.path} {destination.repo_id}"
+        later += f" --revision {destination.revision}" if destination.revision else ""
+        later += " --private" if destination.private else ""
         raise HubError(f"{error} {later}") from error
     summary["pushed"] = {"repo_id": destination.repo_id, **done}
     write_json(run.summary, summary)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 import peft_mlm
+from peft_mlm import derived_adapter, loading
 from peft_mlm.errors import AdapterError, ArgumentsError
 from tests.adapters import adapted_logits, changes_of, merged_parameters, save_random_adapter
 from tests.commands.conftest import Answer
@@ -160,3 +161,30 @@ def test_mistakes_end_in_one_sentence(base_folder: Path, tmp_path: Path, command
     assert not out.exists()
     with pytest.raises(ArgumentsError):
         peft_mlm.convert(str(adapter), out)
+
+
+def test_a_quantised_base_is_loaded_once_and_the_adapter_written_once(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_random_adapter(base_folder, tmp_path / "adapter", 1, config="MissConfig", r=4)
+    (adapter / "base_recipe.json").write_text(json.dumps({"load_in_4bit": True}))
+    loaded: list[Any] = []
+    written: list[Path] = []
+    load_base, write_parts = loading.load_base, derived_adapter.write_parts
+
+    def counted_load(*given: Any, **options: Any) -> Any:
+        loaded.append(given)
+        return load_base(*given, **options)
+
+    def counted_write(parts: Any, folder: Path) -> None:
+        written.append(folder)
+        write_parts(parts, folder)
+
+    monkeypatch.setattr(loading, "load_base", counted_load)
+    monkeypatch.setattr(derived_adapter, "write_parts", counted_write)
+    record = convert(adapter, tmp_path / "out", base_folder, any_base=True)
+    assert (len(loaded), len(written)) == (1, 1)
+    assert record["logits"]["max_abs_logit_diff"] < 1e-5 * record["logits"]["max_abs_logit"]
+    told = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert told["logits"] == record["logits"]
+    assert record["bytes"] == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())

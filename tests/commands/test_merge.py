@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 import peft_mlm
-from peft_mlm import merging
+from peft_mlm import checksums, merging
 from peft_mlm.errors import MergeError
 from tests.commands.conftest import Answer, train
 from tests.tiny import perturb, save_base
@@ -132,6 +133,26 @@ def test_a_smaller_type_is_the_float32_sum_rounded_once(
     assert record["dtype"] == dtype
     assert 1e-5 < record["max_abs_logit_diff"] < 0.05
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / dtype).dtype == getattr(torch, dtype)
+
+
+def test_the_checksums_are_those_of_the_files_and_weights_are_hashed_while_they_are_written(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later: list[str] = []
+    read_again = checksums.sha256
+
+    def counted(file: Path) -> str:
+        later.append(file.name)
+        return read_again(file)
+
+    monkeypatch.setattr(checksums, "sha256", counted)
+    peft_mlm.merge(str(trained_run), tmp_path / "merged")
+    assert "config.json" in later
+    assert "model.safetensors" not in later
+    told = checksums.read_checksums(tmp_path / "merged")
+    files = {file.name: file for file in (tmp_path / "merged").iterdir()}
+    assert told == {name: hashlib.sha256(files[name].read_bytes()).hexdigest() for name in told or ()}
+    assert files.keys() - set(told or ()) == {"README.md", "checksums.json"}
 
 
 def test_a_head_that_was_trained_is_part_of_the_merged_model(

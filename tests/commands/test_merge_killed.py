@@ -83,7 +83,7 @@ def test_what_is_being_written_has_another_name_and_is_removed_once_its_process_
     place.mkdir()
     words = [sys.executable, "-m", "peft_mlm", "merge", str(trained_run), "--output_dir", str(place / "merged")]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, cwd=ROOT)
-    while process.poll() is None and not any(path.rglob("*.safetensors") for path in leftovers(place)):
+    while process.poll() is None and not any(list(path.glob("*.safetensors")) for path in leftovers(place)):
         time.sleep(0.002)
     process.send_signal(signal.SIGSTOP)  # in the middle of its work
     assert not (place / "merged").exists()

@@ -59,7 +59,7 @@ def push(hub: Hub, *words: object, token: str | None = "hf_writer", **environmen
 
 
 def run(hub: Hub, *words: object, token: str | None = "hf_writer", **environment: str) -> Answer:
-    env = {**hub.env, "PYTHONPATH": str(Path(peft_mlm.__file__).parent.parent), **environment}
+    env = {**hub.env, "PYTHONPATH": str(Path(peft_mlm.__file__).parent.parent), "OMP_NUM_THREADS": "1", **environment}
     env |= {"HF_TOKEN": token} if token else {}
     done = subprocess.run(
         [sys.executable, "-c", PUSH, *map(str, words)], env=env, capture_output=True, text=True, timeout=100
@@ -121,9 +121,41 @@ def test_a_private_repository_a_branch_and_a_message(full_run: Path, open_hub: H
     assert set(files_of(open_hub, "org/public")) == {"README.md"}
 
 
+def test_adapters_and_bases_are_loaded_by_name_and_revision_and_again_offline(
+    trained_run: Path, base_folder: Path, other_base: Path, open_hub: Hub
+) -> None:
+    commit = open_hub.publish("models", "org/base", base_folder)
+    open_hub.publish("models", "org/base", other_base)
+    assert push(open_hub, trained_run, "org/a", "--revision", "v1").code == 0
+    expected = peft_mlm.fill_mask(str(trained_run), "ABC<mask>EF")
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        words = ["fill-mask", "org/a@v1", "ABC<mask>EF", "--base", f"org/base@{commit}", "--json"]
+        (given,) = run(open_hub, *words, token=None, **environment).record["results"]
+        assert given["filled"] == expected[0]["filled"]
+        probabilities = [[p["probability"] for p in r["masks"][0]["predictions"]] for r in (given, expected[0])]
+        assert probabilities[0] == pytest.approx(probabilities[1], rel=1e-5)
+    newest = run(open_hub, "fill-mask", "org/a@v1", "ABC<mask>EF", "--base", "org/base", token=None)
+    assert "org/base is not the base" in newest.fault
+    assert "hf download org/a --local-dir a" in run(open_hub, "inspect", "org/a", token=None).fault
+
+
 def test_pushed_again_it_stays_as_it_is(adapter: Path, open_hub: Hub) -> None:
-    first = push(open_hub, adapter, "org/a", "--json").record["commit"]
-    assert push(open_hub, adapter, "org/a", "--json").record["commit"] == first
+    first = push(open_hub, adapter, "org/a", "--json").record
+    again = push(open_hub, adapter, "org/a", "--json").record
+    assert (first["commit"], first["changed"], again["changed"]) == (again["commit"], True, False)
+    assert "nothing new" in push(open_hub, adapter, "org/a").out
+
+
+def test_a_base_that_others_do_not_have_is_told(adapter: Path, command: Command) -> None:
+    assert "The base was taken from a folder" in (adapter / "README.md").read_text()
+    (notice,) = command("push", adapter, "org/a", "--dry_run", "--json").record["notices"]
+    assert "The card names no base on the hub" in notice
+    assert notice in command("push", adapter, "org/a", "--dry_run").out
+    card = (adapter / "README.md").read_text().replace("---\n", "---\nbase_model: org/base\n", 1)
+    (adapter / "README.md").write_text(card)
+    assert command("push", adapter, "org/a", "--dry_run", "--json").record["notices"] == []
+    (adapter / "README.md").unlink()
+    assert "no card" in command("push", adapter, "org/a", "--dry_run", "--json").record["notices"][0]
 
 
 def test_a_dry_run_needs_no_network_and_tells_what_would_go_up(adapter: Path, command: Command) -> None:
@@ -179,9 +211,11 @@ def test_offline_and_without_a_token_nothing_is_asked(trained_run: Path, open_hu
 @pytest.mark.parametrize(
     ("token", "faults", "said"),
     [
-        ("hf_wrong", [], "does not accept the token for org/a (401)"),
-        ("hf_reader", [], "has no right to write to org/a (403)"),
+        ("hf_wrong", [], "does not accept the token for org/a (401). It is that of HF_TOKEN: set another one"),
+        ("hf_reader", [], "has no right to write to org/a (403). Take one with write access to org, or push to"),
         ("hf_writer", [Fault("commit", 403)], "has no right to write to org/a (403)"),
+        ("hf_writer", [Fault("preupload", 404)], "knows no org/a that this token may write to (404). Look at the name"),
+        ("hf_writer", [Fault("large", 412, method="PUT")], "Somebody else has written to org/a in between (412)"),
         ("hf_writer", [Fault("repos/create", 500)], "The hub failed (500)"),
         ("hf_writer", [Fault("commit", 500)], "The hub failed (500)"),
         ("hf_writer", [Fault("preupload", 429)], "asks to wait (429"),
@@ -198,6 +232,7 @@ def test_a_refusing_or_failing_hub_is_one_sentence_and_a_later_push_completes(
     fault = push(open_hub, trained_run, "org/a", token=token).fault
     assert said in fault
     assert "Nothing was published" in fault
+    assert ("are not sent again" in fault) is any("/preupload/" in path for _, path, _ in open_hub.requests)
     assert token not in fault
     assert all(set(repo.revisions[c]) <= {".gitattributes"} for repo in open_hub.repos.values() for c in repo.revisions)
     open_hub.faults.clear()

@@ -23,7 +23,7 @@ from peft_mlm.errors import AdapterError, ArgumentsError
 from peft_mlm.merge_proof import probe_logits, probe_rows
 from peft_mlm.quantization import quantised_layers
 from tests.commands.conftest import Answer, train
-from tests.tiny import letter_tokenizer, save_base
+from tests.tiny import letter_tokenizer, same, save_base
 
 IDS = torch.tensor([[0, 7, 4, 9, 10, 4, 12, 13, 2]])
 # Loads a run in a process of its own, and writes its logits.
@@ -101,10 +101,10 @@ def test_the_recipe_lies_with_the_adapter_and_with_each_checkpoint(nf4: Any, int
 def test_a_run_and_its_shipped_adapter_reload_exactly_in_a_fresh_process(nf4: Any, tmp_path: Path) -> None:
     run, result = nf4
     expected = logits(result.model)
-    assert torch.equal(logits(peft_mlm.load(str(run)).model), expected)
+    assert same(logits(peft_mlm.load(str(run)).model), expected)
     shipped = shutil.copytree(run / "adapter", tmp_path / "shipped")
     base = yaml.safe_load((run / "arguments.yaml").read_text())["model_name_or_path"]
-    assert torch.equal(logits(peft_mlm.load(str(shipped), base=base).model), expected)
+    assert same(logits(peft_mlm.load(str(shipped), base=base).model), expected)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(peft_mlm.__file__).parents[1])}
     words = [sys.executable, "-c", FRESH, str(run), str(tmp_path / "logits.pt")]
     subprocess.run(words, check=True, env=environment, capture_output=True)

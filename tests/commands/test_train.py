@@ -73,7 +73,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[s
     run = RunFolder(folder)
     summary = json.loads(run.summary.read_text())
     kept = {name: summary[name] for name in ("base", "adapted", "trainable_parameters", "steps", "status")}
-    timing = ("runtime", "per_second")
+    timing = ("runtime", "per_second", "memory_bytes")
     logs = [
         {key: value for key, value in json.loads(line).items() if not key.endswith(timing)}
         for line in run.metrics.read_text().splitlines()

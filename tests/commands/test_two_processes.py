@@ -23,6 +23,7 @@ from peft_mlm.gathered_head import sum_over_masked
 for arguments in json.loads(sys.argv[1]):
     sum_over_masked.__kwdefaults__["logits_bytes"] = 300 if arguments["output_dir"].endswith("pieces") else 2**28
     peft_mlm.train(arguments)
+torch.distributed.destroy_process_group()
 """
 # SGD takes no root of small gradients, which would blow rounding up.
 SAME = {"use_lora": True, "max_steps": 6, "eval_steps": 3, "logging_steps": 1, "optim": "sgd", "learning_rate": 0.3}
