@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft_mlm.adapter_set import load
     from peft_mlm.commands.combine import combine
+    from peft_mlm.commands.compare import compare
     from peft_mlm.commands.convert import convert
     from peft_mlm.commands.doctor import doctor
     from peft_mlm.commands.evaluate import evaluate
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "combine",
+    "compare",
     "convert",
     "doctor",
     "evaluate",
@@ -52,6 +54,7 @@ __all__ = [
 _MODULES = {
     "train": "peft_mlm.commands.train",
     "combine": "peft_mlm.commands.combine",
+    "compare": "peft_mlm.commands.compare",
     "convert": "peft_mlm.commands.convert",
     "doctor": "peft_mlm.commands.doctor",
     "evaluate": "peft_mlm.commands.evaluate",

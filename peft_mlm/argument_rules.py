@@ -165,6 +165,7 @@ RANGES: dict[str, Range] = {
     "mask_replace_prob": _SHARE,
     "random_replace_prob": _SHARE,
     "eval_mask_seed": _SEED,
+    "eval_mask_draws": _COUNT,
     "llm_int8_threshold": Range(low=0),
     "early_stopping_patience": _COUNT,
     "early_stopping_threshold": _NOT_NEGATIVE,

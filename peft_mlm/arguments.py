@@ -178,6 +178,13 @@ class DataTrainingArguments:
     eval_mask_seed: int = field(
         default=0, metadata={"help": "Seed of the evaluation masks, which are the same at every evaluation."}
     )
+    eval_mask_draws: int = field(
+        default=1,
+        metadata={
+            "help": "Mask the evaluation text this many times and score all of them; while training runs, the first "
+            "alone."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after this many evaluations without a better one."}
     )

@@ -15,6 +15,8 @@ import pyarrow.compute as compute
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from peft_mlm.document_packing import DOCUMENT_NUMBERS, gather
+
 # Rows whose lengths share their leading bits go together: up to 16 tokens each length by itself, above that steps of an
 # eighth to a sixteenth of the length, so that few tokens are padding and buckets stay few and full.
 LENGTHS_PER_DOUBLING = 8
@@ -34,6 +36,29 @@ def row_lengths(rows: Dataset) -> Indices:
     # Piece by piece: the tokens stay where they are, on disk.
     lengths = np.asarray(compute.list_value_length(rows.data.column("input_ids")).to_numpy(), np.int64)
     return lengths if rows._indices is None else lengths[rows._indices.column(0).to_numpy()]
+
+
+def clusters_of(rows: Dataset, order: Indices) -> tuple[Indices, int]:
+    """Number the clusters that rows belong to: what was drawn independently, for standard errors.
+
+    Rows with the column `document_numbers` name the document of each part of a row that is read on its own; all parts
+    of a document are one cluster. Other rows are clusters of their own.
+
+    Args:
+        rows: With `input_ids`, and perhaps `document_numbers`.
+        order: Numbers of the rows that are asked for, (n,).
+
+    Returns:
+        The clusters of these rows, one number for each part, in that order; and how many clusters all rows have.
+    """
+    if DOCUMENT_NUMBERS not in rows.column_names:
+        return order, len(rows)
+    column = rows.data.column(DOCUMENT_NUMBERS)
+    if rows._indices is not None:
+        column = column.take(rows._indices.column(0))
+    names, numbers = np.unique(compute.list_flatten(column).to_numpy(), return_inverse=True)
+    lengths = np.asarray(compute.list_value_length(column).to_numpy(), np.int64)
+    return gather(numbers, lengths, order), len(names)
 
 
 def bucket_lengths(lengths: Indices) -> Indices:

@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": ("plan", "tell what a training takes of memory, whether it fits, and how long it is, before it starts"),
     "evaluate": ("evaluate", "measure loss, perplexity and masked accuracy of a base, an adapter or a merged model"),
     "score": ("score", "score texts by pseudo-likelihood, and mutations of a protein"),
+    "compare": ("compare", "compare models on the same masked tokens, with intervals, data set by data set"),
     "fill-mask": ("fill_mask", "predict the masked tokens of a text"),
     "playground": ("playground", "try a base and its adapters side by side, on a page of this machine"),
     "merge": ("merge", "merge an adapter into its base and prove that nothing changed"),

@@ -7,6 +7,7 @@ between batch sizes, orders, worker processes or resumed runs, and the global ge
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 # The streams: three random numbers per position. Far from epochs and slots, which are hashed into the row's key.
 _SELECT, _KIND, _TOKEN = 2**63, 2**63 + 1, 2**63 + 2
+# What sets further draws of evaluation masks apart from epochs and streams.
+_DRAW = 2**63 + 3
 
 
 class MaskingCollator:
@@ -47,7 +50,8 @@ class MaskingCollator:
     Special tokens, the unknown and the mask token included, are never selected, wherever they stand in a row.
 
     Masks for evaluation (`fixed=True`) depend on the row's tokens and on the seed alone: a row has the same masks at
-    every pass, in whatever batch, order, padding, process or run. Masks for training depend on the epoch and on the
+    every pass, in whatever batch, order, padding, process or run; `drawn` gives further masks of the same kind. Masks
+    for training depend on the epoch and on the
     row's place in its batch too: they are new in each epoch, two equal rows in a batch have different ones, and a run
     that is resumed goes on with the same ones. `set_epoch` reaches the worker processes of a DataLoader that are alive.
 
@@ -98,6 +102,7 @@ class MaskingCollator:
         self.random_replace_prob = random_replace_prob
         self.seed = seed
         self.fixed = fixed
+        self.draw = 0
         self.pad_to = pad_to
         self.pad_to_multiple_of = pad_to_multiple_of
         self.special_ids = np.unique(np.array([*special_ids, mask_id, pad_id], np.int64))
@@ -146,6 +151,19 @@ class MaskingCollator:
             epoch: Number of the epoch; the first is 0. Set it before the batches of the epoch are asked for.
         """
         self._epoch.fill_(epoch)
+
+    def drawn(self, number: int) -> MaskingCollator:
+        """Give a collator whose masks for evaluation are other ones, fixed just as these.
+
+        Args:
+            number: Number of the draw; 0 gives the masks of a collator that was not asked.
+
+        Returns:
+            A copy of this one.
+        """
+        other = copy.copy(self)
+        other.draw = number
+        return other
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch.
@@ -220,6 +238,8 @@ class MaskingCollator:
         # A sum from one place to another modulo 2^64 is the difference of the sums up to them.
         keys = _hash(tokens[starts + lengths] - tokens[starts], lengths.astype(np.uint64))
         keys = _hash(keys, self.seed)
+        if self.fixed and self.draw:
+            return _hash(_hash(keys, _DRAW), self.draw)
         return keys if self.fixed else _hash(_hash(keys, self.epoch), np.arange(len(lengths), dtype=np.uint64))
 
 

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import difflib
 import logging
+import math
 import os
 import re
 import sys
@@ -173,6 +174,52 @@ def cell(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """Show a figure with its standard error, to the same number of decimals.
+
+    Example:
+        >>> with_error(1.23456, 0.0123), with_error(1.23456, None)
+        ('1.235 ± 0.012', '1.235')
+
+    Args:
+        value: The figure; None or no finite number where there is none.
+        error: Its standard error; None or no finite number where it is not known.
+
+    Returns:
+        The figure and its error, to two digits of the error; without ± where the error is not known.
+    """
+    if value is None or error is None or not (math.isfinite(value) and math.isfinite(error)) or error == 0:
+        return cell(value)
+    digits = max(1 - math.floor(math.log10(error)), 0)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def interval_text(difference: float | None, low: float | None, high: float | None, level: float) -> str:
+    """Show a difference with its interval.
+
+    Example:
+        >>> interval_text(-0.123456, -0.15, -0.0987, 0.95)
+        '-0.123 (95 %: -0.150 to -0.099)'
+
+    Args:
+        difference: None or no finite number where there is none.
+        low: Lower end, likewise.
+        high: Upper end, likewise.
+        level: Share of such intervals that hold the true value.
+
+    Returns:
+        All to the same decimals: two digits of the interval's half width.
+    """
+    if difference is None or not math.isfinite(difference):
+        return "-"
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return f"{difference:+.4g}"
+    half = (high - low) / 2
+    digits = 1 - math.floor(math.log10(half)) if half > 0 else 4
+    shown = [f"{one:+.{min(max(digits, 0), 12)}f}" for one in (difference, low, high)]
+    return f"{shown[0]} ({100 * level:.4g} %: {shown[1]} to {shown[2]})"
 
 
 def few_names(names: Sequence[str], shown: int = 5) -> str:

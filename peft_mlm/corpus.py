@@ -13,6 +13,7 @@ from peft_mlm.arguments import DataTrainingArguments
 from peft_mlm.collator import MaskingCollator, from_tokenizer
 from peft_mlm.data import TextData
 from peft_mlm.document_attention import why_not_apart
+from peft_mlm.document_packing import DOCUMENT_NUMBERS
 from peft_mlm.packing import RowFacts, make_rows
 from peft_mlm.positions import resolve_max_seq_length
 from peft_mlm.tokenization import describe_tokens, special_token_frame, text_separator, tokenize
@@ -26,7 +27,8 @@ class Corpus:
     """Rows to train and evaluate on.
 
     Attributes:
-        rows: By split ("train", "validation"): a data set with `input_ids`.
+        rows: By split ("train", "validation"): a data set with `input_ids`; validation rows that were cut from texts
+            tell from which (`document_numbers`).
         facts: By split: source, texts, tokens, rows, dropped, truncated, unknown share, fingerprint; fill rate.
         max_seq_length: Tokens per row, special tokens included.
         notices: Sentences that the user should read.
@@ -75,6 +77,8 @@ def build_corpus(
         rows[split], facts[split] = _make_split(
             tokens, arguments, tokenizer, max_seq_length, limits[split], side_by_side=mixed is None
         )
+        if split == "train" and DOCUMENT_NUMBERS in rows[split].column_names:  # evaluations alone ask for them
+            rows[split] = rows[split].remove_columns(DOCUMENT_NUMBERS)
         facts[split] = {**text.facts[split], **facts[split]}
         notices += _remarks(split, facts[split])
     return Corpus(rows, facts, max_seq_length, tuple(notices))

@@ -7,16 +7,20 @@ on documents of mixed lengths.
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
 # Column of a row that holds documents side by side: the tokens of each, special tokens included.
 DOCUMENT_LENGTHS = "document_lengths"
+# Column of a row that tells which text each of its parts is from: rows of one text are not independent of each other.
+DOCUMENT_NUMBERS = "document_numbers"
 # Documents packed together. Some hundred already fill rows well; the last row of a window is all that more would save.
 WINDOW = 8192
 
 Lengths = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.int32]
+Numbers = TypeVar("Numbers", bound=npt.NDArray[np.integer[Any]])
 
 
 def cut_documents(lengths: Lengths, capacity: int) -> Lengths:
@@ -67,7 +71,7 @@ def pack(lengths: Lengths, capacity: int) -> tuple[Lengths, Lengths]:
     return order, np.bincount(rank[row_of], minlength=rows)
 
 
-def gather(content: Ids, lengths: Lengths, order: Lengths) -> Ids:
+def gather(content: Numbers, lengths: Lengths, order: Lengths) -> Numbers:
     """Bring documents that lie end to end into another order.
 
     Example:
@@ -84,7 +88,8 @@ def gather(content: Ids, lengths: Lengths, order: Lengths) -> Ids:
     """
     starts, wanted = np.cumsum(lengths) - lengths, lengths[order]
     shift = starts[order] - (np.cumsum(wanted) - wanted)
-    return content[np.arange(len(content)) + np.repeat(shift, wanted)]
+    places = np.arange(wanted.sum()) + np.repeat(shift, wanted)
+    return content[places]
 
 
 def _best_fit(lengths: Lengths, capacity: int) -> Lengths:

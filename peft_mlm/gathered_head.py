@@ -140,19 +140,57 @@ def sum_over_masked(
     Returns:
         The sum of the function's results; it carries gradients where they are on.
     """
+    first, *others = _parts_over_masked(model, inputs, labels, function, door, logits_bytes)
+    return sum(others, start=first)
+
+
+def gather_over_masked(
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    function: RowFunction,
+    *,
+    door: Door | None,
+    logits_bytes: int = LOGITS_BYTES,
+) -> torch.Tensor:
+    """Run a model and gather a function of the logits at masked positions.
+
+    Args:
+        model: A masked LM, wrapped or not.
+        inputs: As for `sum_over_masked`.
+        labels: (B, T), `IGNORE_INDEX` off-mask.
+        function: Takes logits (n, V) and labels (n) of some masked positions; returns a tensor of n rows.
+        door: From `find_door`; None runs the head on every position.
+        logits_bytes: Largest size of the logits held at a time, in bytes.
+
+    Returns:
+        The function's results for all masked positions, row by row of the batch.
+    """
+    return torch.cat(_parts_over_masked(model, inputs, labels, function, door, logits_bytes))
+
+
+def _parts_over_masked(
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    function: RowFunction,
+    door: Door | None,
+    logits_bytes: int,
+) -> list[torch.Tensor]:
+    """Give the function's results, one for each piece of the masked positions."""
     base = base_of(model)
     chosen = labels != IGNORE_INDEX
     targets = labels[chosen]
     with documents_apart(base, inputs) as inputs:
         if door is None or len(targets) == 0:
-            return function(model(**inputs).logits[chosen], targets)
+            return [function(model(**inputs).logits[chosen], targets)]
         if door.last_layer is not None and _runs_again(base, door.last_layer):
             door = Door(door.head)
         vocabulary = base.get_input_embeddings().weight.shape[0]
         at_once = max(1, logits_bytes // (4 * vocabulary))
         if len(targets) <= at_once:
             with _narrowed(base, door, chosen):
-                return function(model(**inputs).logits.flatten(0, 1), targets)
+                return [function(model(**inputs).logits.flatten(0, 1), targets)]
         return _in_pieces(model, inputs, chosen, targets, function, door, at_once)
 
 
@@ -164,7 +202,7 @@ def _in_pieces(
     function: RowFunction,
     door: Door,
     at_once: int,
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """Run the encoder once, and the head on pieces of the masked rows."""
     base, kept = base_of(model), {}
 
@@ -186,15 +224,13 @@ def _in_pieces(
         with _encoder_gives(base, kept["output"]), _replaced_input(base, door.head, lambda _: hidden[None]):
             return function(inner(**inputs).logits.flatten(0, 1), labels)
 
-    total = None
+    parts = []
     for hidden, labels in zip(kept["hidden"].split(at_once), targets.split(at_once), strict=True):
         if torch.is_grad_enabled():
-            part = checkpoint(piece, hidden, labels, use_reentrant=False)
+            parts.append(checkpoint(piece, hidden, labels, use_reentrant=False))
         else:
-            part = piece(hidden, labels)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+            parts.append(piece(hidden, labels))
+    return parts
 
 
 def _runs_again(base: PreTrainedModel, name: str) -> bool:

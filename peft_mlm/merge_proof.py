@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_mlm.adapter import cast_with_adapter
@@ -21,7 +21,7 @@ from peft_mlm.collator import IGNORE_INDEX
 from peft_mlm.document_attention import documents_apart
 from peft_mlm.errors import MergeError
 from peft_mlm.gathered_head import base_of
-from peft_mlm.metrics import MaskedScores
+from peft_mlm.metrics import MaskedScores, scores_of_batch
 from peft_mlm.positions import position_limit
 
 PROBE_ROWS, PROBE_LENGTH = 16, 64
@@ -198,7 +198,7 @@ def compare_text(one: TextSeen, other: TextSeen) -> dict[str, Any]:
 
     Returns:
         `max_abs_logit_diff` over `logits_of_positions` places, `max_abs_logit`, `top1_agreement` over `positions`
-        places, and of each model `loss`, `perplexity`, `accuracy`, `masked_tokens`.
+        places, and of each model the figures of `MaskedScores.describe`.
     """
     return {
         "max_abs_logit_diff": largest_number(one.logits - other.logits),
@@ -236,7 +236,7 @@ def _observe_text(model: Any, batches: Sequence[Batch]) -> TextSeen | None:
         return None
     kept: list[torch.Tensor] = []
     best: list[torch.Tensor] = []
-    loss, hits, masked, room = 0.0, 0, 0, KEPT_LOGITS
+    sums, room = [np.zeros((0, 4))], KEPT_LOGITS
     for batch in batches:
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
         with documents_apart(base_of(model), inputs) as apart:
@@ -247,7 +247,5 @@ def _observe_text(model: Any, batches: Sequence[Batch]) -> TextSeen | None:
         if places:
             kept.append(logits[real][:places].clone())
             room -= kept[-1].numel()
-        at, targets = logits[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
-        loss += float(functional.cross_entropy(at, targets, reduction="none").double().sum())
-        hits, masked = hits + int((at.argmax(-1) == targets).sum()), masked + len(targets)
-    return TextSeen(torch.cat(kept), torch.cat(best), MaskedScores(loss, hits, masked))
+        sums.append(scores_of_batch(logits[labels != IGNORE_INDEX], batch).sums)
+    return TextSeen(torch.cat(kept), torch.cat(best), MaskedScores(np.concatenate(sums)))

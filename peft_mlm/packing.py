@@ -28,7 +28,7 @@ from datasets.fingerprint import Hasher
 
 from peft_mlm.arguments import Rows
 from peft_mlm.arrow_files import written_beside
-from peft_mlm.document_packing import DOCUMENT_LENGTHS, WINDOW, cut_documents, gather, pack
+from peft_mlm.document_packing import DOCUMENT_LENGTHS, DOCUMENT_NUMBERS, WINDOW, cut_documents, gather, pack
 from peft_mlm.errors import ArgumentsError, DataError
 
 Ids = npt.NDArray[np.int32]
@@ -40,7 +40,7 @@ _TOKENS = List(Value("int32"))
 _BATCH_SIZE = 1000
 _WRITE_SIZE = 1000
 # Part of the result's fingerprint: raise it when this module makes other rows of the same tokens.
-_RESULT_VERSION = 1
+_RESULT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def make_rows(
 
     Returns:
         Data set with the column `input_ids` (list of int32), and `document_lengths` (the same; tokens of each document)
-        where documents stand side by side; and the counts.
+        where documents stand side by side; with chunked and packed also `document_numbers` (the same): the number of
+        the text of each document in the row, or of the text that a chunk begins in. And the counts.
 
     Raises:
         ArgumentsError: If `rows` is not one of these, or `max_seq_length` leaves no room for a token.
@@ -124,6 +125,8 @@ def make_rows(
         >>> made, facts = make_rows(texts, rows="chunked", **options)
         >>> made["input_ids"][:]
         [[101, 1, 2, 3, 102], [101, 4, 102, 5, 102], [101, 6, 102]]
+        >>> made["document_numbers"][:]
+        [[0], [0], [1]]
         >>> facts.rows, facts.tokens, facts.short_rows
         (3, 6, 1)
         >>> made, facts = make_rows(texts, rows="line", **options)
@@ -163,7 +166,9 @@ def make_rows(
         side_by_side,
     ]
     fingerprint = Hasher.hash(key)
-    columns = ["input_ids", DOCUMENT_LENGTHS] if rows == "packed" and side_by_side else ["input_ids"]
+    columns = ["input_ids"]
+    columns += [DOCUMENT_LENGTHS] if rows == "packed" and side_by_side else []
+    columns += [DOCUMENT_NUMBERS] if rows in ("packed", "chunked") else []
     counted: list[RowFacts] = []
 
     def write(writer: ArrowWriter) -> None:
@@ -214,26 +219,31 @@ def _chunked_rows(
     tokenized: Dataset, capacity: int, prefix: list[int], suffix: list[int], separator_id: int | None
 ) -> Iterator[tuple[pa.Table, RowFacts]]:
     """Give the full pieces of each batch of texts; what does not fill a piece goes on with the next batch."""
-    stream, is_content = np.empty(0, np.int32), np.empty(0, np.bool_)
+    stream, is_content, numbers = np.empty(0, np.int32), np.empty(0, np.bool_), np.empty(0, np.int32)
+    before = 0
     # A separator before each text, rather than between two: the first is at the edge of a piece, thus left out.
     separator = [] if separator_id is None else [separator_id]
     for ids, lengths in _text_batches(tokenized):
-        more, _, more_is_content = _frame(ids, lengths[lengths > 0], separator, [])
+        more, offsets, more_is_content = _frame(ids, lengths[lengths > 0], separator, [])
         stream, is_content = np.concatenate([stream, more]), np.concatenate([is_content, more_is_content])
-        pieces, used = _cut(stream, is_content, capacity)
+        texts = before + np.flatnonzero(lengths).astype(np.int32)
+        numbers = np.concatenate([numbers, np.repeat(texts, np.diff(offsets))])
+        before += len(lengths)
+        pieces, starts, used = _cut(stream, is_content, capacity)
         facts = RowFacts(
             tokens=int(np.count_nonzero(is_content[:used])),
             texts=len(lengths),
             empty_texts=int(np.count_nonzero(lengths == 0)),
         )
-        yield _framed_pieces(pieces, prefix, suffix), facts
-        stream, is_content = stream[used:], is_content[used:]
+        yield _framed_pieces(pieces, numbers[starts], prefix, suffix), facts
+        stream, is_content, numbers = stream[used:], is_content[used:], numbers[used:]
     if is_content.any():
-        last = stream[int(np.argmax(is_content)) :]
-        yield _framed_pieces([last], prefix, suffix), RowFacts(tokens=int(np.count_nonzero(is_content)))
+        start = int(np.argmax(is_content))
+        facts = RowFacts(tokens=int(np.count_nonzero(is_content)))
+        yield _framed_pieces([stream[start:]], numbers[start : start + 1], prefix, suffix), facts
 
 
-def _cut(stream: Ids, is_content: Flags, capacity: int) -> tuple[list[Ids], int]:
+def _cut(stream: Ids, is_content: Flags, capacity: int) -> tuple[list[Ids], list[int], int]:
     """Cut a stream into pieces of `capacity` tokens, less the separators at their edges.
 
     Two separators never follow each other, so that one look at each edge is enough. A piece that ends with a separator
@@ -245,26 +255,28 @@ def _cut(stream: Ids, is_content: Flags, capacity: int) -> tuple[list[Ids], int]
         capacity: Tokens per piece.
 
     Returns:
-        The pieces (views), and how much of the stream they use up.
+        The pieces (views), where each starts, and how much of the stream they use up.
     """
     content = is_content.tobytes()  # reading one byte of bytes is several times faster than one item of an array
     pieces: list[Ids] = []
+    starts: list[int] = []
     start = 0
     while True:
         first = start if start >= len(content) or content[start] else start + 1
         end = first + capacity
         if end > len(content):
-            return pieces, start
+            return pieces, starts, start
+        starts.append(first)
         pieces.append(stream[first : end if content[end - 1] else end - 1])
         start = end
 
 
-def _framed_pieces(pieces: list[Ids], prefix: list[int], suffix: list[int]) -> pa.Table:
-    """Put prefix and suffix around each piece."""
+def _framed_pieces(pieces: list[Ids], numbers: Ids, prefix: list[int], suffix: list[int]) -> pa.Table:
+    """Put prefix and suffix around each piece; each has the number of a text."""
     lengths = np.fromiter((len(piece) for piece in pieces), np.int64, len(pieces))
     content = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
     values, offsets, _ = _frame(content, lengths, prefix, suffix)
-    return _table(values, offsets)
+    return _table(values, offsets).append_column(DOCUMENT_NUMBERS, _lists(numbers, np.arange(len(numbers) + 1)))
 
 
 def _run_mlm_rows(
@@ -291,10 +303,13 @@ def _packed_rows(
     tokenized: Dataset, capacity: int, prefix: list[int], suffix: list[int], side_by_side: bool
 ) -> Iterator[tuple[pa.Table, RowFacts]]:
     """Give the rows of one window of documents after the other."""
-    waiting: list[tuple[Ids, Lengths]] = []
+    waiting: list[tuple[Ids, Lengths, Ids]] = []
+    before = 0
     for ids, lengths in _text_batches(tokenized):
         pieces = cut_documents(lengths, capacity)
-        waiting.append((ids, pieces))
+        numbers = np.repeat(np.arange(before, before + len(lengths), dtype=np.int32), -(-lengths // capacity))
+        before += len(lengths)
+        waiting.append((ids, pieces, numbers))
         facts = RowFacts(
             tokens=len(ids),
             texts=len(lengths),
@@ -302,27 +317,29 @@ def _packed_rows(
             documents=len(pieces),
             cut_texts=int(np.count_nonzero(lengths > capacity)),
         )
-        full = sum(len(held) for _, held in waiting) >= WINDOW
+        full = sum(len(held) for _, held, _ in waiting) >= WINDOW
         yield _side_by_side(waiting if full else [], capacity, prefix, suffix, side_by_side), facts
         waiting = [] if full else waiting
     yield _side_by_side(waiting, capacity, prefix, suffix, side_by_side), RowFacts()
 
 
 def _side_by_side(
-    documents: list[tuple[Ids, Lengths]], capacity: int, prefix: list[int], suffix: list[int], side_by_side: bool
+    documents: list[tuple[Ids, Lengths, Ids]], capacity: int, prefix: list[int], suffix: list[int], side_by_side: bool
 ) -> pa.Table:
     """Put documents into rows: several in one, or each in one of its own."""
-    content = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in documents)])
-    lengths = np.concatenate([np.empty(0, np.int64), *(held for _, held in documents)])
+    content = np.concatenate([np.empty(0, np.int32), *(ids for ids, _, _ in documents)])
+    lengths = np.concatenate([np.empty(0, np.int64), *(held for _, held, _ in documents)])
+    numbers = np.concatenate([np.empty(0, np.int32), *(texts for _, _, texts in documents)])
     if not side_by_side:
         values, offsets, _ = _frame(content, lengths, prefix, suffix)
-        return _table(values, offsets)
+        return _table(values, offsets).append_column(DOCUMENT_NUMBERS, _lists(numbers, np.arange(len(numbers) + 1)))
     special = len(prefix) + len(suffix)
     order, per_row = pack(lengths + special, capacity + special)
     values, offsets, _ = _frame(gather(content, lengths, order), lengths[order], prefix, suffix)
     edges = np.concatenate([[0], np.cumsum(per_row)])
     table = _table(values, offsets[edges])
-    return table.append_column(DOCUMENT_LENGTHS, _lists(np.diff(offsets).astype(np.int32), edges))
+    table = table.append_column(DOCUMENT_LENGTHS, _lists(np.diff(offsets).astype(np.int32), edges))
+    return table.append_column(DOCUMENT_NUMBERS, _lists(numbers[order], edges))
 
 
 def _text_batches(tokenized: Dataset) -> Iterator[tuple[Ids, Lengths]]:

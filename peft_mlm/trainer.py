@@ -8,11 +8,12 @@ this happens here.
 
 from __future__ import annotations
 
+import operator
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,17 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import is_liger_kernel_available
 
 from peft_mlm.batch_finder import train_in_what_fits, use_batch
-from peft_mlm.batching import LengthBatches, row_lengths
+from peft_mlm.batching import LengthBatches, clusters_of, row_lengths
 from peft_mlm.callbacks import EpochOf, EvaluationLines, MetricsFile, show_progress
+from peft_mlm.collator import MaskingCollator
 from peft_mlm.compiling import compile_layers
+from peft_mlm.document_packing import DOCUMENT_NUMBERS
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.fused_lora import fused_lora
 from peft_mlm.gathered_head import Door, base_of, find_door
 from peft_mlm.initialization import Matrices
 from peft_mlm.live_table import LiveTable, can_draw
-from peft_mlm.metrics import MaskedScores, evaluate_masked_lm, masked_lm_loss
+from peft_mlm.metrics import MaskedScores, MaskedTokens, evaluate_masked_lm, masked_lm_loss
 from peft_mlm.optimizers import check_lorafa, check_loraplus, lorafa_optimizer, loraplus_optimizer
 from peft_mlm.out_of_memory import DoesNotFitError, is_out_of_memory
 from peft_mlm.rank_schedule import (
@@ -60,11 +63,13 @@ from peft_mlm.throughput import Throughput
 def scores_of(
     model: torch.nn.Module,
     rows: Dataset,
-    collator: Callable[..., Any],
+    collator: MaskingCollator,
     arguments: TrainingArguments,
     *,
     label: str,
     door: Door | None = None,
+    draws: int = 1,
+    keep: Callable[[MaskedTokens], None] | None = None,
     watch: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
 ) -> MaskedScores:
     """Evaluate a model on rows, longest first, so that batches hold little padding.
@@ -78,24 +83,36 @@ def scores_of(
         arguments: Batch size, device, precision, workers.
         label: What the progress bar says.
         door: From `find_door`; None (default) runs the head at every position.
+        draws: How often the rows are masked; the sums are over all draws. Default 1.
+        keep: Is given the masked tokens of each batch (of this process).
         watch: Passes the batches on and shows how far it is, by the label; None (default) is a progress bar.
 
     Returns:
-        Sums over all rows (over all processes, where several run).
+        Sums over all rows (over all processes, where several run), by cluster: by document where rows are cut from
+        documents and tell which, else by row.
     """
     order = np.argsort(-row_lengths(rows), kind="stable")
-    own = order[arguments.process_index :: arguments.world_size].tolist()
-    batches = DataLoader(
-        Subset(rows, own),
-        batch_size=arguments.per_device_eval_batch_size,
-        collate_fn=collator,
-        num_workers=arguments.dataloader_num_workers,
-    )
+    own = order[arguments.process_index :: arguments.world_size]
+    clusters, count = clusters_of(rows, own)
+    if DOCUMENT_NUMBERS in rows.column_names:
+        rows = rows.remove_columns(DOCUMENT_NUMBERS)
     hidden = watch is not None or not show_progress(arguments)
-    # The bar begins an iteration of its own, which draws a random number: a run is the same watched and unwatched.
-    bar = tqdm(batches, desc=label, file=sys.stderr, leave=False, disable=hidden, unit="batch")
-    seen = bar if watch is None else watch(bar, label)
-    return evaluate_masked_lm(model, seen, device=arguments.device, autocast=_autocast(arguments), door=door)
+
+    def masked(draw: int) -> MaskedScores:
+        batches = DataLoader(
+            Subset(rows, own.tolist()),
+            batch_size=arguments.per_device_eval_batch_size,
+            collate_fn=collator.drawn(draw),
+            num_workers=arguments.dataloader_num_workers,
+        )
+        shown = label if draws == 1 else f"{label}, masks {draw + 1}/{draws}"
+        # The bar begins an iteration of its own, which draws a random number: a run is the same watched and unwatched.
+        bar = tqdm(batches, desc=shown, file=sys.stderr, leave=False, disable=hidden, unit="batch")
+        seen = bar if watch is None else watch(bar, shown)
+        where = {"device": arguments.device, "autocast": _autocast(arguments), "door": door}
+        return evaluate_masked_lm(model, seen, **where, clusters=clusters, count=count, keep=keep)
+
+    return reduce(operator.add, map(masked, range(draws)))
 
 
 def device_name(device: torch.device) -> str:
@@ -122,6 +139,8 @@ class MaskedLMTrainer(Trainer):
         use_lorafa: Whether to train by LoRA-FA's optimiser.
         initial: (A0, B0) by layer, where their product was taken out of the base; `save` must have the same.
         max_tokens: Tokens per training batch at most, in place of a number of rows.
+        eval_mask_draws: How often the text is masked where base and trained model are measured; the evaluations of a
+            running training are on the first masks alone. Default 1.
         **options: Trainer's own arguments; `data_collator` makes the training batches.
 
     Raises:
@@ -132,7 +151,7 @@ class MaskedLMTrainer(Trainer):
     def __init__(
         self,
         *,
-        eval_collator: Callable[..., Any],
+        eval_collator: MaskingCollator,
         save: Callable[[torch.nn.Module, Path], None],
         run: RunFolder,
         early_stopping: tuple[int, float] | None = None,
@@ -140,6 +159,7 @@ class MaskedLMTrainer(Trainer):
         use_lorafa: bool = False,
         initial: Mapping[str, Matrices] | None = None,
         max_tokens: int | None = None,
+        eval_mask_draws: int = 1,
         **options: Any,
     ) -> None:
         try:
@@ -158,7 +178,7 @@ class MaskedLMTrainer(Trainer):
             check_lorafa(self.model, self.args)
         self.loraplus_lr_ratio, self.use_lorafa = loraplus_lr_ratio, use_lorafa
         self.initial = dict(initial or {})
-        self.eval_collator = eval_collator
+        self.eval_collator, self.eval_mask_draws = eval_collator, eval_mask_draws
         self.save_into = save
         self.max_tokens = max_tokens
         self.run = run
@@ -320,20 +340,29 @@ class MaskedLMTrainer(Trainer):
         return metrics
 
     def measure(self, rows: Dataset, *, label: str) -> MaskedScores:
-        """Evaluate the model as it is, and log nothing."""
-        started = time.perf_counter()
-        watch = self.live_table.watch if self.live_table.is_shown else None
-        scores = scores_of(self.model, rows, self.eval_collator, self.args, label=label, door=self.door, watch=watch)
-        self.throughput.evaluation_seconds = time.perf_counter() - started
-        return scores
+        """Evaluate the model as it is, on the first masks alone, and log nothing."""
+        return self._scores(rows, label, draws=1)
+
+    def measure_base(self, *, label: str) -> MaskedScores:
+        """Evaluate the model before training, on all draws of masks."""
+        return self._scores(self.eval_dataset, label, draws=self.eval_mask_draws)
 
     def measure_trained(self, *, label: str) -> MaskedScores:
         """Evaluate the model that training left; where it was evaluated as it is, give those figures."""
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         step = self.state.global_step if best is None else int(Path(best).name.rpartition("-")[2])
-        if step in self.scores_at and self.schedule is None:  # a schedule changes the ranks at the end
+        # a schedule changes the ranks at the end
+        if step in self.scores_at and self.schedule is None and self.eval_mask_draws == 1:
             return self.scores_at[step]
-        return self.measure(self.eval_dataset, label=label)
+        return self._scores(self.eval_dataset, label, draws=self.eval_mask_draws)
+
+    def _scores(self, rows: Dataset, label: str, *, draws: int) -> MaskedScores:
+        started = time.perf_counter()
+        watch = self.live_table.watch if self.live_table.is_shown else None
+        how: dict[str, Any] = {"label": label, "door": self.door, "draws": draws, "watch": watch}
+        scores = scores_of(self.model, rows, self.eval_collator, self.args, **how)
+        self.throughput.evaluation_seconds = time.perf_counter() - started
+        return scores
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, or the model where there is none; no pickled arguments beside it."""

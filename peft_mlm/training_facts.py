@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRAINING_FACTS = "training_facts.json"
-MASKING = ("mlm_probability", "mask_replace_prob", "random_replace_prob", "eval_mask_seed", "rows")
+MASKING = ("mlm_probability", "mask_replace_prob", "random_replace_prob", "eval_mask_seed", "eval_mask_draws", "rows")
 FIGURES = ("steps", "trainable_parameters", "total_parameters", "base", "adapted")
 OF_SPLIT = ("texts", "rows_used", "tokens", "max_seq_length", "fingerprint")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

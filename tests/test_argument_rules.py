@@ -104,6 +104,7 @@ EDGES = {
     "mask_replace_prob": ([0, 0.9], [-0.1, 1.1]),
     "random_replace_prob": ([0, 0.2], [-0.1, 1.1]),
     "eval_mask_seed": ([0, 2**32 - 1], [-1]),
+    "eval_mask_draws": ([1, 100], [0, -1]),
     "early_stopping_patience": ([1], [-1]),
     "early_stopping_threshold": ([0], [-0.1, math.inf]),
     "lora_r": ([1], [0, -8]),

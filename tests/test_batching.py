@@ -6,7 +6,8 @@ from datasets import Dataset, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_mlm.batching import LengthBatches, bucket_lengths, row_lengths
+from peft_mlm.batching import LengthBatches, bucket_lengths, clusters_of, row_lengths
+from peft_mlm.document_packing import DOCUMENT_NUMBERS
 
 
 def test_lengths_are_those_of_the_rows_whatever_their_order_and_pieces():
@@ -113,3 +114,17 @@ def test_nothing_is_dropped_where_batches_are_made_by_tokens():
     lengths = np.random.default_rng(0).integers(5, 60, size=70)
     batches = LengthBatches(lengths, batch_size=32, max_tokens=700, drop_last=True)
     assert sorted(row for batch in batches for row in batch) == list(range(70))
+
+
+def test_rows_of_one_text_are_one_cluster_in_whatever_order_and_through_an_index() -> None:
+    numbers = [[3, 1], [3], [7], [1, 7, 2]]
+    rows = Dataset.from_dict({"input_ids": [[5, 5], [5], [5], [5, 5, 5]], DOCUMENT_NUMBERS: numbers})
+    order = np.array([3, 0, 1, 2])
+    clusters, count = clusters_of(rows, order)
+    assert count == 4
+    assert clusters.tolist() == [0, 3, 1, 2, 0, 2, 3]  # numbers 1, 2, 3, 7
+    backwards = rows.select([3, 2, 1, 0])
+    assert clusters_of(backwards, np.array([0, 3, 2, 1]))[0].tolist() == clusters.tolist()
+    plain = rows.remove_columns(DOCUMENT_NUMBERS)
+    clusters, count = clusters_of(plain, order)
+    assert (clusters.tolist(), count) == ([3, 0, 1, 2], 4)

@@ -18,6 +18,7 @@ ARGUMENTS = {
     "fill-mask": ("top_k", "base", "use_base", "with_base", "targets", "only", "file", "text_column"),
     "playground": ("base", "any_base", "host", "port", "open"),
     "score": ("method", "variant", "sequence", "offset", "measured", "output_file", "with_base", "truncate"),
+    "compare": ("eval_file", "bootstrap", "level", "top_tokens", "output_file", "base", "eval_mask_draws"),
     "merge": ("output_dir", "base", "dtype"),
     "combine": ("output_dir", "weights", "method", "rank", "density", "seed", "trained_modules", "base", "search"),
     "convert": ("output_dir", "rank", "base", "any_base"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import random
@@ -255,6 +256,23 @@ def test_evaluation_masks_are_the_same_in_every_version() -> None:
     before = [10, 101, MASK, MASK, 14, MASK, 16, 17, MASK, MASK, 20, 21, 22, 23, 24, MASK, MASK, 27, 28, MASK]
     assert batch["input_ids"].tolist() == [[CLS, *before, SEP]]
     assert [label for label in batch["labels"][0].tolist() if label >= 0] == [11, 12, 13, 15, 18, 19, 20, 25, 26, 29]
+
+
+def test_further_draws_are_fixed_unrelated_masks_and_draw_0_is_the_first() -> None:
+    rows, first = make_rows(64), collator(fixed=True)
+    drawn = [unpadded(first.drawn(number)(rows)) for number in range(4)]
+    assert drawn[0] == unpadded(first(rows))
+    assert unpadded(first.drawn(3).drawn(0)(rows)) == drawn[0]
+    for number, masks in enumerate(drawn):
+        assert unpadded(collator(fixed=True, pad_to=99).drawn(number)(rows[::-1])) == masks[::-1]
+        assert [unpadded(first.drawn(number)([row]))[0] for row in rows] == masks
+    long = make_rows(100, length=500)
+    chosen = [selection(first.drawn(number)(long))[:, 1:-1] for number in range(4)]
+    for one, other in itertools.combinations(chosen, 2):
+        assert_independent(one, other)
+    assert_independent(chosen[1], selection(collator(fixed=True, seed=1)(long))[:, 1:-1])
+    training = collator(fixed=False)
+    assert unpadded(training.drawn(2)(rows)) == unpadded(training(rows))
 
 
 def test_evaluation_is_the_same_for_other_shares_where_they_agree() -> None:

@@ -62,7 +62,32 @@ def test_no_rows_give_no_losses_and_a_gradient_of_no_rows() -> None:
 
 def test_hits_are_the_rows_whose_best_token_is_right() -> None:
     logits, targets = some_rows(200, 4)
-    losses, hits = losses_and_hits(logits.detach(), targets)
+    losses, hits, _ = losses_and_hits(logits.detach(), targets)
     assert torch.equal(hits, logits.argmax(dim=-1) == targets)
     assert 0 < hits.sum() < 200
     assert torch.allclose(losses, functional.cross_entropy(logits, targets, reduction="none"))
+
+
+@pytest.mark.parametrize("cached_bytes", [1, 4 * 12 * 7, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_hits_among_the_best_five_are_those_of_a_plain_loop_ties_included(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, cached_bytes: int
+) -> None:
+    monkeypatch.setattr(cross_entropy, "CACHED_BYTES", cached_bytes)
+    logits, targets = some_rows(300, 12)
+    logits = (logits.detach() / 4).round().to(dtype)  # many ties
+    _, hits, top_hits = losses_and_hits(logits, targets)
+    best, among = [], []
+    for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
+        best.append(row.index(max(row)) == target)
+        among.append(sum(one > row[target] for one in row) < 5)
+    assert hits.tolist() == best
+    assert top_hits.tolist() == among
+    assert 10 < sum(best) < sum(among) < 290
+    assert len({tuple(row) for row in logits.tolist()}) == 300
+
+
+def test_a_small_vocabulary_is_among_the_best_five_and_a_row_with_a_nan_has_no_hit() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, float("nan"), 2.0], [float("nan")] * 3])
+    _, hits, top_hits = losses_and_hits(logits, torch.tensor([0, 1, 0]))
+    assert (hits.tolist(), top_hits.tolist()) == ([False] * 3, [True, False, False])

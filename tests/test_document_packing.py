@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from peft_mlm import document_attention, document_packing
 from peft_mlm.batching import row_lengths
-from peft_mlm.document_packing import DOCUMENT_LENGTHS, WINDOW, cut_documents, gather, pack
+from peft_mlm.document_packing import DOCUMENT_LENGTHS, DOCUMENT_NUMBERS, WINDOW, cut_documents, gather, pack
 from peft_mlm.errors import DataError
 from peft_mlm.packing import make_rows
 
@@ -40,6 +40,11 @@ def documents_of(rows: Dataset) -> list[list[list[int]]]:
 
 def plain_pieces(texts: list[list[int]], capacity: int) -> list[list[int]]:
     return [text[i : i + capacity] for text in texts for i in range(0, len(text), capacity)]
+
+
+def plain_numbers(texts: list[list[int]], capacity: int) -> list[int]:
+    """The text of each piece."""
+    return [number for number, text in enumerate(texts) for _ in range(0, len(text), capacity)]
 
 
 def plain_best_fit(lengths: list[int], capacity: int) -> list[int]:
@@ -68,6 +73,8 @@ def test_every_piece_of_every_text_stands_in_a_row_once_and_no_row_is_too_long(
     held = documents_of(rows)
     framed = [[*frame["prefix"], *piece, *frame["suffix"]] for piece in pieces]
     assert sorted(document for row in held for document in row) == sorted(framed)
+    numbered = zip((d for row in held for d in row), (n for row in rows[DOCUMENT_NUMBERS] for n in row), strict=True)
+    assert sorted(numbered) == sorted(zip(framed, plain_numbers(texts, capacity), strict=True))
     assert all(len(ids) <= length for ids in rows["input_ids"])
     assert facts.tokens == sum(map(len, texts))
     assert facts.documents == len(pieces)
@@ -83,7 +90,8 @@ def test_apart_each_piece_has_a_row_of_its_own_in_the_order_of_the_texts(texts: 
     pieces = plain_pieces(texts, length - 2)
     if pieces:
         rows, facts = make_rows(token_data(texts), rows="packed", max_seq_length=length, side_by_side=False, **BERT)
-        assert rows.column_names == ["input_ids"]
+        assert rows.column_names == ["input_ids", DOCUMENT_NUMBERS]
+        assert rows[DOCUMENT_NUMBERS][:] == [[number] for number in plain_numbers(texts, length - 2)]
         assert rows["input_ids"][:] == [[101, *piece, 102] for piece in pieces]
         assert facts.documents == facts.rows == len(pieces)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -111,6 +112,8 @@ def test_evaluation_leaves_the_mode_of_the_model_as_it_was() -> None:
 
 
 def test_no_masked_token_at_all_is_nan_and_a_hopeless_loss_is_infinite_perplexity() -> None:
-    assert math.isnan(MaskedScores(0.0, 0, 0).loss)
-    assert math.isnan(MaskedScores(0.0, 0, 0).accuracy)
-    assert MaskedScores(1e6, 0, 1).perplexity == math.inf
+    nothing = MaskedScores(np.zeros((3, 4)))
+    figures = nothing.describe()
+    assert figures.pop("masked_tokens") == 0
+    assert all(math.isnan(value) for value in figures.values())
+    assert MaskedScores(np.array([[1e6, 0, 0, 1]])).perplexity == math.inf

@@ -145,6 +145,14 @@ def test_chunked_rows_do_not_depend_on_arrow_pieces_slices_or_num_proc() -> None
 
 
 @pytest.mark.parametrize("frame", FRAMES)
+def test_chunks_tell_the_text_they_begin_in(frame: dict[str, Any]) -> None:
+    chance, start = random.Random(1), len(frame["prefix"])
+    texts = [[1000 + number] * chance.choice((0, 1, 5, 80)) for number in range(2500)]  # each token tells its text
+    made, _ = make_rows(token_data(texts), max_seq_length=17, **frame)
+    assert made["document_numbers"][:] == [[ids[start] - 1000] for ids in made["input_ids"]]
+
+
+@pytest.mark.parametrize("frame", FRAMES)
 def test_line_rows_are_the_texts_cut_and_framed(frame: dict[str, Any]) -> None:
     texts = corpus(2100, longest=30)
     special = len(frame["prefix"]) + len(frame["suffix"])
@@ -218,7 +226,7 @@ def test_rows_of_tokens_on_disk_lie_beside_them_and_are_the_same_as_in_memory(ro
 
 def test_rows_are_lists_of_int32_in_large_arrow_pieces() -> None:
     made, _ = make_rows(token_data(corpus(30_000, longest=8)), max_seq_length=10, **BERT)
-    assert made.column_names == ["input_ids"]
+    assert made.column_names == ["input_ids", "document_numbers"]
     assert made.data.schema.field("input_ids").type == pa.list_(pa.int32())
     pieces = [len(piece) for piece in made.data["input_ids"].chunks]
     assert all(piece >= 1000 for piece in pieces[:-1])

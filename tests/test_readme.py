@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Flags of commands that are no arguments of a run.
 OTHER_FLAGS = {
     "json",
+    "eval_file",
     "help",
     "use_base",
     "base",

@@ -8,19 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft_mlm.argument_fields import argument_fields
 from peft_mlm.argument_types import convert, parse_type
-from peft_mlm.arguments import ModelArguments
-from peft_mlm.config import Arguments, describe_help, read_arguments
-from peft_mlm.console import CommandParser, print_table
+from peft_mlm.config import describe_help, read_arguments
+from peft_mlm.console import CommandParser, print_table, with_error
 from peft_mlm.errors import ArgumentsError
 from peft_mlm.model_checks import check_path
 from peft_mlm.out_of_memory import memory_told
 from peft_mlm.quantization_rules import QUANTISATION
 from peft_mlm.run_folder import RunFolder, is_run_folder
-
-# Flags of the model group that say how to load, not what.
-HOW_TO_LOAD = ("model_revision", "token", "cache_dir", "trust_remote_code", "dtype", *QUANTISATION)
 
 
 def evaluate(
@@ -43,8 +38,8 @@ def evaluate(
         use_base: Evaluate the base, without adapter or training.
 
     Returns:
-        `model`, `part` ("adapted", "base" or "model"), `loss`, `perplexity`, `accuracy`, `masked_tokens`, `rows`, and
-        `data` (facts about the text).
+        `model`, `part` ("adapted", "base" or "model"), `loss`, `loss_standard_error`, `perplexity`, `accuracy`,
+        `accuracy_standard_error`, `top5_accuracy`, `masked_tokens`, `rows`, and `data` (facts about the text).
 
     Raises:
         ArgumentsError: Arguments are wrong, or name no text.
@@ -61,7 +56,7 @@ def evaluate(
         find_files(read_arguments(config, flags, for_training=False).data.validation_file or ())
 
     from peft_mlm.data import load_text
-    from peft_mlm.evaluation import evaluation_arguments, ready_to_measure
+    from peft_mlm.evaluation import evaluation_arguments, how_to_load, ready_to_measure
     from peft_mlm.loading import load_target, resolve_target, with_quantisation
 
     target = resolve_target(name_or_path, base=base, part="base" if use_base else "adapted")
@@ -73,7 +68,7 @@ def evaluate(
     quantisation = {name: getattr(arguments.model, name) for name in QUANTISATION}
     asked = any(arguments.sources[name] == "flag" for name in QUANTISATION)
     target = with_quantisation(target, quantisation if asked else {})
-    target = replace(target, base=_how_to_load(target.base, arguments))
+    target = replace(target, base=how_to_load(target.base, arguments, command="evaluate"))
     training, data = evaluation_arguments(arguments), arguments.data
     text = load_text(data, cache_dir=arguments.model.cache_dir, token=arguments.model.token, splits=("validation",))
     loaded = load_target(target, any_base=any_base)
@@ -89,16 +84,6 @@ def evaluate(
     }
 
 
-def _how_to_load(base: ModelArguments, arguments: Arguments) -> ModelArguments:
-    """Take over what flags say about loading; refuse flags that would have no effect here."""
-    flags = [name for name, source in arguments.sources.items() if source == "flag"]
-    idle = [name for name in flags if argument_fields()[name].group in ("model", "peft") and name not in HOW_TO_LOAD]
-    if idle:
-        raise ArgumentsError(f"--{', --'.join(idle)}: evaluate takes model and adapter by its first word, and --base.")
-    given = {name: getattr(arguments.model, name) for name in HOW_TO_LOAD if name in flags}
-    return replace(base, **{"dtype": arguments.model.dtype, **given})
-
-
 def run(words: Sequence[str]) -> dict[str, Any]:
     """Run the command with the words of the command line."""
     first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
@@ -112,8 +97,15 @@ def run(words: Sequence[str]) -> dict[str, Any]:
 
 def show(record: dict[str, Any]) -> None:
     """Print the result for people."""
-    row = [record["part"], record["loss"], record["perplexity"], record["accuracy"], record["masked_tokens"]]
-    header = ["", "loss", "perplexity", "masked accuracy", "masked tokens"]
+    row = [
+        record["part"],
+        with_error(record["loss"], record["loss_standard_error"]),
+        record["perplexity"],
+        with_error(record["accuracy"], record["accuracy_standard_error"]),
+        record["top5_accuracy"],
+        record["masked_tokens"],
+    ]
+    header = ["", "loss", "perplexity", "masked accuracy", "top 5", "tokens"]
     print_table(record["model"], header, [row], stream=sys.stdout)
 
 

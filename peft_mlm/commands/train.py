@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_mlm.config import Arguments, describe_help, read_arguments, write_arguments, write_sources
-from peft_mlm.console import bytes_text, is_first_process, print_table
+from peft_mlm.console import bytes_text, interval_text, is_first_process, print_table, with_error
 from peft_mlm.errors import HubError, PeftMlmError
 from peft_mlm.hub import Destination, destination_of, open_repository, plan_upload, upload
 from peft_mlm.memory_watch import forget_peak, peak_bytes, resident_bytes
@@ -129,7 +129,7 @@ def _run(arguments: Arguments) -> TrainResult:
     summary = _describe_run(prepared)
     _write_start(prepared, summary, checkpoint)
     try:
-        summary |= _train_and_measure(prepared, checkpoint)
+        summary |= _train_and_measure(prepared, summary, checkpoint)
         summary |= {"status": "finished", "seconds": round(time.perf_counter() - started, 1)}
         _save(prepared, summary)
     except BaseException as error:
@@ -237,11 +237,7 @@ def run(words: Sequence[str]) -> dict[str, Any]:
 def show(record: dict[str, Any]) -> None:
     """Print the result for people."""
     if record["adapted"] is not None:
-        rows = [
-            [name, scores["perplexity"], scores["accuracy"], scores["masked_tokens"]]
-            for name, scores in (("base", record["base"]), ("adapted", record["adapted"]))
-        ]
-        print_table("held-out text", ["", "perplexity", "masked accuracy", "masked tokens"], rows, stream=sys.stdout)
+        _show_figures(record)
     share = record["trainable_parameters"] / record["total_parameters"]
     facts = [
         *_quantisation_rows(record["quantisation"]),
@@ -250,6 +246,26 @@ def show(record: dict[str, Any]) -> None:
         ["steps, seconds", f"{record['steps']:,}, {record['seconds']:,}"],
     ]
     print_table(f"run {record['run_folder']}", None, facts, stream=sys.stdout)
+
+
+def _show_figures(record: Mapping[str, Any]) -> None:
+    rows = [
+        [
+            name,
+            with_error(scores["loss"], scores["loss_standard_error"]),
+            scores["perplexity"],
+            with_error(scores["accuracy"], scores["accuracy_standard_error"]),
+            scores["masked_tokens"],
+        ]
+        for name, scores in (("base", record["base"]), ("adapted", record["adapted"]))
+    ]
+    header = ["", "loss", "perplexity", "masked accuracy", "masked tokens"]
+    print_table("held-out text", header, rows, stream=sys.stdout)
+    told = [
+        [f"change of {name}", interval_text(change["difference"], change["low"], change["high"], change["level"])]
+        for name, change in record["change"].items()
+    ]
+    print_table("", None, told, stream=sys.stdout)
 
 
 def help_text() -> str:
@@ -315,6 +331,7 @@ def _build_trainer(
         ),
         run=run,
         max_tokens=data.max_tokens_per_batch,
+        eval_mask_draws=data.eval_mask_draws,
         early_stopping=None if patience is None else (patience, data.early_stopping_threshold),
         loraplus_lr_ratio=None if peft is None else peft.loraplus_lr_ratio,
         use_lorafa=peft is not None and peft.use_lorafa,
@@ -353,6 +370,7 @@ def _describe_run(prepared: Prepared) -> dict[str, Any]:
         "quantisation": prepared.base.quantisation,
         "base": None,
         "adapted": None,
+        "change": None,
     }
 
 
@@ -361,21 +379,26 @@ def _peft_type(model: Any) -> str:
     return str(model.peft_config["default"].peft_type.value).lower()
 
 
-def _train_and_measure(prepared: Prepared, checkpoint: Path | None) -> dict[str, Any]:
+def _train_and_measure(prepared: Prepared, summary: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
     from peft_mlm.memory import describe_run_memory
+    from peft_mlm.metrics import describe_change
 
     trainer, validation = prepared.trainer, prepared.corpus.rows.get("validation")
-    before = None
+    before = after = None
     if validation is not None:
-        trainer.live_table.base = trainer.measure(validation, label="base model")
-        before = trainer.live_table.base.describe()
-        _tell([f"base model: perplexity {before['perplexity']:.3f}, masked accuracy {before['accuracy']:.4f}"])
+        before = trainer.live_table.base = trainer.measure_base(label="base model")
+        _tell([f"base model: perplexity {before.perplexity:.3f}, masked accuracy {before.accuracy:.4f}"])
+        summary["base"] = before.describe()
+        if trainer.args.should_save:  # a run that is killed has it
+            write_json(prepared.run.summary, summary)
     known = forget_peak(trainer.args.device)
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     measured = peak_bytes(trainer.args.device, prepared.held) if known else None
+    if before is not None:
+        after = trainer.measure_trained(label="adapted model")
     return {
-        "base": before,
-        "adapted": None if validation is None else trainer.measure_trained(label="adapted model").describe(),
+        "adapted": None if after is None else after.describe(),
+        "change": None if before is None or after is None else describe_change(before, after),
         "steps": done.global_step,
         "epochs": round(float(trainer.state.epoch or 0), 4),
         "memory": describe_run_memory(trainer, prepared.arguments, measured),

@@ -4,7 +4,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,16 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import peft_mlm
 from peft_mlm.collator import from_tokenizer
+from peft_mlm.console import with_error
 from peft_mlm.errors import ModelError
 from peft_mlm.run_folder import RunFolder
 from tests.commands.conftest import Answer, train
 from tests.tiny import letter_texts, letter_tokenizer, tiny_model
 
-FIGURES = ("loss", "perplexity", "accuracy", "masked_tokens")
+FIGURES = (
+    "loss", "loss_standard_error", "perplexity", "accuracy", "accuracy_standard_error", "top5_accuracy",
+    "masked_tokens",
+)  # fmt: skip
 KEYS = {"model", "part", *FIGURES, "rows", "data"}
 
 
@@ -37,22 +41,39 @@ def figures(record: dict[str, Any]) -> dict[str, Any]:
 def plain_figures(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     """The definition, row by row in float64: no batches, no padding, and of our code the masks alone."""
     model, masks = model.eval().double(), from_tokenizer(tokenizer, seed=0, fixed=True)
-    losses, hits = [], []
+    losses: list[list[float]] = []
+    hits: list[list[bool]] = []
+    among: list[bool] = []
     for text in texts:
+        losses.append([])
+        hits.append([])
         batch = masks([{"input_ids": tokenizer(text, truncation=True, max_length=62)["input_ids"]}])
         with torch.no_grad():
             log_p = model(input_ids=batch["input_ids"]).logits[0].log_softmax(-1)
         for place, label in enumerate(batch["labels"][0].tolist()):
             if label != -100:
-                losses.append(-log_p[place, label].item())
-                hits.append(log_p[place].argmax().item() == label)
-    loss = math.fsum(losses) / len(losses)
+                losses[-1].append(-log_p[place, label].item())
+                hits[-1].append(log_p[place].argmax().item() == label)
+                among.append(label in log_p[place].topk(5).indices.tolist())
+    loss, loss_error = ratio_and_error(losses)
+    accuracy, accuracy_error = ratio_and_error(hits)
     return {
         "loss": loss,
+        "loss_standard_error": loss_error,
         "perplexity": math.exp(loss),
-        "accuracy": sum(hits) / len(hits),
-        "masked_tokens": len(losses),
+        "accuracy": accuracy,
+        "accuracy_standard_error": accuracy_error,
+        "top5_accuracy": sum(among) / len(among),
+        "masked_tokens": len(among),
     }
+
+
+def ratio_and_error(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The mean over all tokens, and its standard error over rows, by a plain loop."""
+    rows = [row for row in rows if row]
+    mean = math.fsum(map(math.fsum, rows)) / sum(map(len, rows))
+    squares = math.fsum((math.fsum(row) - mean * len(row)) ** 2 for row in rows)
+    return mean, math.sqrt(len(rows) / (len(rows) - 1) * squares) / sum(map(len, rows))
 
 
 def texts_of(file: Path) -> list[str]:
@@ -230,7 +251,9 @@ def test_the_table_shows_the_figures_and_nothing_is_written(
     for words, part in (([], "adapted"), (["--use_base"], "base"), (["--use_base", "false"], "adapted")):
         answer = command("evaluate", trained_run, *words)
         assert answer.code == 0
-        for shown in (part, f"{told[part]['perplexity']:.4g}", f"{told[part]['accuracy']:.4g}"):
+        loss = with_error(told[part]["loss"], told[part]["loss_standard_error"])
+        assert " ± " in loss
+        for shown in (part, loss, f"{told[part]['perplexity']:.4g}", f"{told[part]['top5_accuracy']:.4g}"):
             assert shown in answer.out
         assert answer.err == ""
 

@@ -30,7 +30,7 @@ def test_what_was_trained_with_is_told_without_a_path(trained_run: Path) -> None
     facts = json.loads((trained_run / "dataset.json").read_text())
     assert record["masking"] == {
         "mlm_probability": 0.15, "mask_replace_prob": 0.8, "random_replace_prob": 0.1, "eval_mask_seed": 0,
-        "rows": "line",
+        "eval_mask_draws": 1, "rows": "line",
     }  # fmt: skip
     assert record["data"]["name"] == "letters.txt"
     assert record["data"]["train"]["fingerprint"] == facts["train"]["fingerprint"]

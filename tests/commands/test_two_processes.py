@@ -75,6 +75,10 @@ def test_two_processes_train_as_one_with_two_micro_batches(name: str, folders: d
     assert [entry[2] for entry in double] == pytest.approx([entry[2] for entry in single], abs=3e-6)
     summary = json.loads((two / "summary.json").read_text())
     assert summary["adapted"]["loss"] < summary["base"]["loss"] - 0.005
+    alone = json.loads((one / "summary.json").read_text())
+    for part in ("base", "adapted"):  # standard errors too: each process gives its own clusters
+        assert summary[part] == pytest.approx(alone[part], rel=1e-5)
+    assert summary["change"]["loss"] == pytest.approx(alone["change"]["loss"], abs=1e-5)
     mine, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
     assert mine.keys() == theirs.keys()
     assert max(float((mine[key] - theirs[key]).abs().max()) for key in mine) < 1e-6
