@@ -64,7 +64,7 @@ def test_weights_take_what_the_loaded_base_takes(base_folder: Path, bits: dict[s
 def test_what_is_trained_is_what_the_run_trains(
     base_folder: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    from peft_mlm.commands.train import prepare
+    from peft_mlm.preparation import prepare
     from peft_mlm.run_folder import RunFolder
 
     values = {"train_file": text_file, "output_dir": tmp_path / "run", "rows": "line", "max_steps": 5, **changes}

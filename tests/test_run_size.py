@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from peft_mlm.commands.train import prepare
 from peft_mlm.config import read_arguments
 from peft_mlm.memory import build_outline
+from peft_mlm.preparation import prepare
 from peft_mlm.run_folder import RunFolder
 from peft_mlm.run_size import describe_run_size
 from tests.tiny import save_texts
