@@ -326,8 +326,12 @@ def _resolve_adapter(folder: Path, base: str | None, part: Part) -> Target:
     name = config.get("base_model_name_or_path")
     if base is None and not name:
         raise AdapterError(f"The adapter {folder} does not name its base model. Give it with --base.")
-    recorded = ModelArguments(model_name_or_path=name, model_revision=config.get("revision") or "main")
-    return Target("adapter", _with_base(recorded, base), adapter, None, None)
+    recorded = _with_base(
+        ModelArguments(model_name_or_path=name, model_revision=config.get("revision") or "main"), base
+    )
+    if part == "base":  # in the bits, and with the tokens, that it had below the adapter
+        recorded = with_tokenizer_of(with_base_recipe(recorded, folder), folder)
+    return Target("adapter", recorded, adapter, None, None)
 
 
 def _resolve_model(name_or_path: str, base: str | None, part: Part) -> Target:

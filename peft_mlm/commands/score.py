@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -306,13 +306,11 @@ def _check_arguments(
 
 def _base_of(target: Target, name: str, base: str | None) -> Target:
     """The base of an adapter alone, quantised as it is under the adapter; of a trained model, what it started from."""
-    from peft_mlm.base_recipe import with_base_recipe
     from peft_mlm.loading import resolve_target
 
     if target.adapter is None and target.run is None:
         raise ArgumentsError(f"--with_base: {name} is a model without adapter, with no base beside it.")
-    alone = resolve_target(name, base=base, part="base")
-    return alone if target.adapter is None else replace(alone, base=with_base_recipe(alone.base, target.adapter))
+    return resolve_target(name, base=base, part="base")
 
 
 @contextmanager

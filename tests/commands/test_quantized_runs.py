@@ -111,6 +111,22 @@ def test_a_run_and_its_shipped_adapter_reload_exactly_in_a_fresh_process(nf4: An
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 
+def test_the_base_of_a_shipped_adapter_has_the_bits_it_was_trained_in(
+    nf4: Any, tmp_path: Path, command: Callable[..., Answer]
+) -> None:
+    run, _ = nf4
+    shipped = shutil.copytree(run / "adapter", tmp_path / "shipped")
+    base = yaml.safe_load((run / "arguments.yaml").read_text())["model_name_or_path"]
+    record = command("evaluate", shipped, run / "arguments.yaml", "--base", base, "--use_base", "--json").record
+    expected = json.loads((run / "summary.json").read_text())["base"]["loss"]
+    assert record["loss"] == pytest.approx(expected, rel=1e-6)
+    given = peft_mlm.fill_mask(str(shipped), "AB<mask>D", base=base, use_base=True)
+    of_run = peft_mlm.fill_mask(str(run), "AB<mask>D", use_base=True)
+    assert given[0]["masks"][0]["predictions"][0]["probability"] == pytest.approx(
+        of_run[0]["masks"][0]["predictions"][0]["probability"], rel=1e-5
+    )
+
+
 @pytest.mark.parametrize("which", ["nf4", "int8"])
 def test_evaluate_gives_the_figures_of_the_run(
     which: str, request: pytest.FixtureRequest, command: Callable[..., Answer]
