@@ -243,14 +243,14 @@ def describe_run_memory(trainer: Any, arguments: Arguments, measured: int | None
         measured: Bytes (`memory_watch.peak_bytes`); None where they are not known.
 
     Returns:
-        `device`, `predicted_bytes` and `parts` (None and empty where a model's code does not run without values),
-        `measured_bytes`.
+        `device`, `predicted_bytes` and `parts` (None and empty where that fails, as where a model's code does not run
+        without values), `measured_bytes`.
     """
     prediction = None
     try:
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # else a process holds a part of the model
             prediction = predict_loaded(trainer, arguments)
-    except ModelError as error:  # the run is finished, and must not be lost
+    except Exception as error:  # the run is finished, and nothing that only tells of it may end it as failed
         logger.debug(f"the memory of the run is not predicted: {error}")
     return {
         "device": trainer.args.device.type,

@@ -14,11 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
 
+import numpy as np
 import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
@@ -173,7 +174,7 @@ def test_what_is_said_meanwhile_stands_above_and_the_terminal_is_left_as_it_was(
 
 def filled_table(count: int) -> LiveTable:
     table = LiveTable(Throughput())
-    table.base = MaskedScores(300.0, 10, 100)
+    table.base = MaskedScores(np.array([[300.0, 10, 20, 100]]))
     table.throughput.last = Reading(123_456, 1.0, 12_340_000_000)
     table.throughput.steps, table.throughput.step_seconds = 10, 100.0
     state, control = TrainerState(max_steps=123_456, global_step=0), TrainerControl()
@@ -255,7 +256,10 @@ def test_times_are_said(seconds: float, text: str) -> None:
 @pytest.fixture
 def started(
     base_folder: Path, text_file: Path, tmp_path: Path
-) -> Callable[..., tuple[subprocess.Popen[str], Terminal]]:
+) -> Iterator[Callable[..., tuple[subprocess.Popen[str], Terminal]]]:
+    running: list[subprocess.Popen[str]] = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background jobs ignore it
+
     def start(*words: str) -> tuple[subprocess.Popen[str], Terminal]:
         terminal = Terminal()
         command = [sys.executable, "-m", "peft_mlm", "train", "--model_name_or_path", str(base_folder), "--use_lora"]
@@ -276,9 +280,12 @@ def started(
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"},
         )
+        running.append(process)
         return process, terminal
 
-    return start
+    yield start
+    for process in running:
+        process.kill()
 
 
 def test_a_run_that_is_stopped_leaves_the_terminal_and_the_result_clean(

@@ -108,6 +108,7 @@ def _run(arguments: Arguments) -> TrainResult:
         summary |= _train_and_measure(prepared, summary, checkpoint)
         summary |= {"status": "finished", "seconds": round(time.perf_counter() - started, 1)}
         _save(prepared, summary)
+        _add_plan(prepared, summary)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         if is_first_process():
@@ -226,7 +227,6 @@ def _peft_type(model: Any) -> str:
 
 
 def _train_and_measure(prepared: Prepared, summary: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
-    from peft_mlm.memory import describe_run_memory
     from peft_mlm.metrics import describe_change
 
     trainer, validation = prepared.trainer, prepared.corpus.rows.get("validation")
@@ -247,7 +247,7 @@ def _train_and_measure(prepared: Prepared, summary: dict[str, Any], checkpoint: 
         "change": None if before is None or after is None else describe_change(before, after),
         "steps": done.global_step,
         "epochs": round(float(trainer.state.epoch or 0), 4),
-        "memory": describe_run_memory(trainer, prepared.arguments, measured),
+        "memory": {"measured_bytes": measured},
         "train_seconds": round(done.metrics["train_runtime"], 1),
         "best_checkpoint_step": trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
     }
@@ -272,6 +272,16 @@ def _save(prepared: Prepared, summary: dict[str, Any]) -> None:
         summary |= {"saved_to": str(folder), "saved_bytes": folder_bytes(folder)}
         summary |= {} if prepared.arguments.peft is None else {"adapter_bytes": weights}
         write_json(run.summary, summary)
+
+
+def _add_plan(prepared: Prepared, summary: dict[str, Any]) -> None:
+    """Set the memory that a plan gives beside what was measured; last, since all else is saved by now."""
+    from peft_mlm.memory import describe_run_memory
+
+    measured = summary["memory"]["measured_bytes"]
+    summary["memory"] = describe_run_memory(prepared.trainer, prepared.arguments, measured)
+    if prepared.trainer.args.should_save:
+        write_json(prepared.run.summary, summary)
 
 
 def _card_of(prepared: Prepared, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,7 @@ def test_whatever_makes_the_batches_keeps_documents_apart(
     changes: dict[str, Any], base_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every forward pass of training gets positions that start anew within a row."""
+    from torch._subclasses.fake_tensor import FakeTensor
     from transformers import RobertaModel
 
     seen: list[bool] = []
@@ -124,6 +125,8 @@ def test_whatever_makes_the_batches_keeps_documents_apart(
 
     def watch(self: Any, *args: Any, **kwargs: Any) -> Any:
         positions = kwargs.get("position_ids")
+        if any(isinstance(given, FakeTensor) for given in (*args, *kwargs.values())):
+            return plain(self, *args, **kwargs)  # the memory is planned on tensors without values
         if self.training or "init_lora_weights" in changes:
             seen.append(positions is not None and int((positions == 2).sum(dim=1).max()) > 1)
         return plain(self, *args, **kwargs)
