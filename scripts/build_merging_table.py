@@ -116,7 +116,8 @@ def speed() -> str:
         cores=made["cpu_count"],
         versions=versions,
         commit=made["commit"],
-        **{name: measured[name] for name in ("shards", "dtype", "layers", "hidden", "rounds")},
+        **{name: measured[name] for name in ("shards", "dtype", "layers", "hidden")},
+        turns="One round" if measured["rounds"] == 1 else f"Medians of {measured['rounds']} rounds",
         largest=f"{measured['largest_shard_mb']:.0f}",
     )
 
@@ -150,7 +151,7 @@ def main() -> None:
 SPEED = """`make bench-merge`, a BERT of random weights: {size} in {shards} shards of at most {largest} MiB, {dtype},
 {layers} layers of {hidden}; LoRA of rank 16 on all linear layers of the encoder. The whole command without its proof
 (which loads the model twice, one after the other), with the checksums of what it writes; every way ends with its files
-on the disk. {"One round" if rounds == 1 else f"Medians of {rounds} rounds"} in which the ways take turns (PEFT in the first alone); "times cp" is the median
+on the disk. {turns} in which the ways take turns (PEFT in the first alone); "times cp" is the median
 of the ratios within a round. "Beyond the imports": peak memory less what the process held before it began.
 {processor}, {cores} cores; {versions}; commit {commit}.
 
