@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from peft_mlm.errors import DataError
-from peft_mlm.predicting import Predictor, batches_of, rank_of, shown_token
+from peft_mlm.masked_rows import batches_of
+from peft_mlm.predicting import Predictor, rank_of, shown_token
 from peft_mlm.pseudo_likelihood import TextTokens, encode_texts, pseudo_perplexity
 from peft_mlm.side_by_side import Sides
 

@@ -7,8 +7,8 @@ of models that do not keep padding apart. The head runs at the positions that ar
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from peft_mlm.errors import ModelError
 from peft_mlm.fused_lora import fused_lora
 from peft_mlm.gathered_head import Door, base_of, find_door, sum_over_masked
 from peft_mlm.probing import evaluating
+from peft_mlm.quantization import is_quantised
 
 # Tokens of a batch: enough for a processor's cores, or for a GPU's.
 CPU_TOKENS_PER_BATCH = 4096
@@ -78,7 +79,7 @@ def log_probabilities(
     wanted = None if candidates is None else torch.tensor(list(candidates), device=model.device)
     found: list[Numbers] = [np.empty(0)] * len(rows)
     with evaluating(model), fused_lora(model), torch.no_grad():
-        for numbers in _batches([len(row.ids) for row in rows], most):
+        for numbers in batches_of([len(row.ids) for row in rows], most):
             batch = [rows[number] for number in numbers]
             values = _ask(model, batch, mask_id, wanted, door)
             ends = np.cumsum([len(row.read) for row in batch])
@@ -119,15 +120,34 @@ def mask_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.mask_token_id)
 
 
-def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Put rows of one length together, the longest first: what does not fit into memory fails at once."""
-    by_length: defaultdict[int, list[int]] = defaultdict(list)
-    for number, length in enumerate(lengths):
-        by_length[length].append(number)
-    for length, numbers in sorted(by_length.items(), reverse=True):
-        size = max(1, max_tokens // length)
-        for start in range(0, len(numbers), size):
-            yield numbers[start : start + size]
+def batches_of(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Put rows of as many tokens into batches.
+
+    Example:
+        >>> list(batches_of([5, 3, 5, 5], 10))
+        [[0, 2], [3], [1]]
+
+    Args:
+        lengths: Tokens of each row.
+        max_tokens: Rows of a batch times their tokens, at most; a longer row is a batch of its own.
+
+    Yields:
+        Numbers of the rows of a batch; the longest first: what does not fit into memory fails at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for length, same in groupby(order, lambda index: lengths[index]):
+        group, size = list(same), max(1, max_tokens // length)
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def to_gpu(model: PreTrainedModel) -> None:
+    """Move a model to the GPU where there is one; quantised ones are there already.
+
+    Args:
+        model: Any model.
+    """
+    if torch.cuda.is_available() and not is_quantised(model):
+        model.to("cuda")
 
 
 def _ask(

@@ -7,9 +7,8 @@ the model does with padding. The head runs at the masks alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -21,9 +20,8 @@ from peft_mlm.collator import IGNORE_INDEX
 from peft_mlm.errors import DataError
 from peft_mlm.gathered_head import Door, base_of, find_door, sum_over_masked
 from peft_mlm.loading import Loaded
-from peft_mlm.masked_rows import batch_tokens, mask_id_of
+from peft_mlm.masked_rows import batch_tokens, batches_of, mask_id_of, to_gpu
 from peft_mlm.positions import position_limit
-from peft_mlm.quantization import is_quantised
 from peft_mlm.target_tokens import TokenFinder, Words, before_masks, token_finder, tokens_at
 
 # Spellings of the mask that are replaced by the tokenizer's own.
@@ -139,7 +137,7 @@ class Predictor:
     def __init__(self, loaded: Loaded, *, max_tokens_per_batch: int | None = None) -> None:
         self.tokenizer = loaded.tokenizer
         self.mask_id = mask_id_of(loaded.tokenizer)
-        _to_gpu(loaded.model)
+        to_gpu(loaded.model)
         self.max_tokens = max_tokens_per_batch or batch_tokens(loaded.model)
         self.limit = position_limit(loaded.base.model)
         self._doors: dict[int, Door | None] = {}
@@ -202,7 +200,7 @@ class Predictor:
         """Compute a function of the logits of each chosen position, as `at_positions` does."""
         base = base_of(model)
         if id(base) not in self._doors:
-            _to_gpu(model)
+            to_gpu(model)
             self._doors[id(base)] = find_door(base)
         return at_positions(model, ids, chosen, function, door=self._doors[id(base)])
 
@@ -268,26 +266,6 @@ def shown_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     return str(tokenizer.decode([token_id])).strip() or str(tokenizer.convert_ids_to_tokens(token_id))
 
 
-def batches_of(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Put texts of as many tokens into batches.
-
-    Example:
-        >>> list(batches_of([5, 3, 5, 5], 10))
-        [[0, 2], [3], [1]]
-
-    Args:
-        lengths: Tokens of each text.
-        max_tokens: Texts of a batch times their tokens, at most.
-
-    Yields:
-        Numbers of the texts of a batch; the longest first: what does not fit into memory fails at once.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for length, same in groupby(order, lambda index: lengths[index]):
-        group, size = list(same), max(1, max_tokens // length)
-        yield from (group[start : start + size] for start in range(0, len(group), size))
-
-
 def at_positions(
     model: nn.Module,
     ids: torch.Tensor,
@@ -335,12 +313,6 @@ def rank_of(logits: torch.Tensor, token_id: int) -> int:
         1 for the most probable.
     """
     return int((logits > logits[token_id]).sum()) + 1
-
-
-def _to_gpu(model: Any) -> None:
-    """Move a model to the GPU where there is one; quantised ones are there already."""
-    if torch.cuda.is_available() and not is_quantised(model):
-        model.to("cuda")
 
 
 def _among(logits: torch.Tensor, among: torch.Tensor, only: torch.Tensor, token: int) -> dict[str, Any]:

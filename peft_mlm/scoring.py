@@ -11,16 +11,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-import torch
 import xxhash
 
 from peft_mlm.errors import DataError
 from peft_mlm.fingerprint import base_fingerprint
 from peft_mlm.gathered_head import Door, base_of, find_door
 from peft_mlm.loading import Loaded
+from peft_mlm.masked_rows import to_gpu
 from peft_mlm.mutations import MARGINALS, Marginal, check_mutations, encode_protein, mutation_scores, parse_mutation
 from peft_mlm.pseudo_likelihood import Variant, encode_texts, pseudo_log_likelihoods
-from peft_mlm.quantization import is_quantised
 
 # Tokens of a step: a minute's work for a small model on two cores, or seconds of a GPU's.
 CPU_TOKENS_PER_STEP = 2**18
@@ -89,8 +88,7 @@ def plan_work(loaded: Loaded, texts: Sequence[str], options: ScoreOptions) -> Wo
         DataError: A text or the sequence is too long, or a mutation is not one of the sequence.
         ModelError: The tokenizer does not suit.
     """
-    if torch.cuda.is_available() and not is_quantised(loaded.model):
-        loaded.model.to("cuda")
+    to_gpu(loaded.model)
     plan = _plan_texts if options.method == PSEUDO_LIKELIHOOD else _plan_mutations
     return plan(loaded, texts, options, find_door(base_of(loaded.model)))
 

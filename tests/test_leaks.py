@@ -18,7 +18,7 @@ from peft_mlm.leaks import PATHS, TOKENS, without_leaks
         ("file:///home/ada/bert", "bert"),
         ("/home/ada/bert/", "bert"),
         ("hf_" + "a" * 30, "..."),
-        ("no file '/home/ada/my texts/x.txt', nor /work/ada/y.txt.", "no file 'x.txt', nor y.txt."),
+        ("no file '/home/ada/my texts/x.txt', nor /srv/ada/y.txt.", "no file 'x.txt', nor y.txt."),
         ("OSError: /srv/ada/x: no space; tried hf_" + "a" * 30, "OSError: x: no space; tried ..."),
     ],
 )

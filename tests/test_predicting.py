@@ -10,8 +10,9 @@ import torch
 from peft_mlm.errors import DataError, ModelError
 from peft_mlm.gathered_head import find_door
 from peft_mlm.loading import Loaded
+from peft_mlm.masked_rows import batches_of
 from peft_mlm.model import Base
-from peft_mlm.predicting import MANY_TEXTS, Predictor, Question, at_positions, batches_of, read_masks, with_own_mask
+from peft_mlm.predicting import MANY_TEXTS, Predictor, Question, at_positions, read_masks, with_own_mask
 from tests.tiny import LETTERS, MODEL_TYPES, letter_texts, letter_tokenizer, tiny_model
 
 TEXTS = ["ABC<mask>EF", "<mask>", "A<mask>C<mask><mask>", "CBA<mask>TR", "ABCDEFGHIJ<mask>", "BBB<mask>BB"]

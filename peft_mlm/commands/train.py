@@ -108,7 +108,6 @@ def _run(arguments: Arguments) -> TrainResult:
         summary |= _train_and_measure(prepared, summary, checkpoint)
         summary |= {"status": "finished", "seconds": round(time.perf_counter() - started, 1)}
         _save(prepared, summary)
-        _add_plan(prepared, summary)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         if is_first_process():
@@ -116,6 +115,7 @@ def _run(arguments: Arguments) -> TrainResult:
         if status == "interrupted":
             tell([f"interrupted; go on with: peft-mlm train {run.arguments} --resume_from_checkpoint true"])
         raise
+    _add_plan(prepared, summary)
     if destination is not None and is_first_process():
         _push(run, destination, summary)
     return TrainResult(run.path, summary, prepared.model.eval(), prepared.base.tokenizer)
